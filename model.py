@@ -1,0 +1,1001 @@
+"""Mask R-CNN with FPN, written to be trained from random weights.
+
+He, Girshick, Dollar, "Rethinking ImageNet Pre-training" (arXiv 1811.08883), Sec. 4 "Architecture".
+The file follows an image through the detector:
+
+  boxes and sampling -> backbone -> FPN -> RPN -> RoI heads -> MaskRCNN -> weights in and out
+
+Conventions are torchvision's. Boxes are [x1, y1, x2, y2] in continuous pixel coordinates: a pixel
+is the unit square, the whole image is [0, 0, width, height] and nothing ever adds 1. Label 0 is
+background, 1..K are the classes. In shape comments, B: images of the batch, A: anchors of an image,
+G: ground-truth objects of the image that has most, P: proposals, R: RoIs of all images, K: classes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import batched_nms, roi_align
+
+from norms import make_norm
+
+# ------------------------------------------------------------------------------------------------
+# Boxes: overlap, coding, clipping
+# ------------------------------------------------------------------------------------------------
+
+# A predicted box is at most 1000/16 times as large as its anchor: exp() of a wild early prediction
+# would overflow. (Detectron: BBOX_XFORM_CLIP)
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+def pairwise_iou(truth, boxes):
+    """Intersection over union of ground truth [B, G, 4] and boxes [B or 1, N, 4]: [B, G, N].
+
+    Batched over images; in-place where it can be, for N is 270,000 anchors. A box without area has
+    IoU 0 with everything.
+    """
+    t = truth[:, :, None]  # [B, G, 1, 4]
+    b = boxes[:, None]  # [B or 1, 1, N, 4]
+    width = torch.minimum(t[..., 2], b[..., 2]).sub_(torch.maximum(t[..., 0], b[..., 0])).clamp_(min=0)
+    height = torch.minimum(t[..., 3], b[..., 3]).sub_(torch.maximum(t[..., 1], b[..., 1])).clamp_(min=0)
+    intersection = width.mul_(height)
+    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (t, b)]
+    union = torch.add(areas[0], areas[1], out=height).sub_(intersection)
+    return torch.where(intersection > 0, intersection / union, 0)
+
+
+def encode_boxes(truth, boxes, weights):
+    """Regression targets (dx, dy, dw, dh) that turn `boxes` into `truth`; all [..., 4].
+
+    The parametrization of R-CNN; `weights` multiply the four (Detectron: BBOX_REG_WEIGHTS).
+    """
+    size = boxes[..., 2:] - boxes[..., :2]
+    centre = boxes[..., :2] + 0.5 * size
+    truth_size = truth[..., 2:] - truth[..., :2]
+    truth_centre = truth[..., :2] + 0.5 * truth_size
+    shift = (truth_centre - centre) / size
+    scale = torch.log(truth_size / size)
+    return torch.cat([shift, scale], dim=-1) * shift.new_tensor(weights)
+
+
+def decode_boxes(deltas, boxes, weights):
+    """The inverse of `encode_boxes`: deltas [..., 4] applied to boxes [..., 4] (broadcast)."""
+    deltas = deltas.float() / boxes.new_tensor(weights)  # boxes stay in float32 under autocast
+    size = boxes[..., 2:] - boxes[..., :2]
+    centre = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size
+    half = 0.5 * size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def clip_boxes(boxes, limits):
+    """Boxes [..., 4] clipped to [0, w] x [0, h]; `limits` (w, h, w, h), broadcast against them."""
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def image_limits(sizes, device):
+    """(w, h, w, h) of every image as a float tensor [B, 1, 4], for `clip_boxes`."""
+    limits = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32)
+    return limits[:, None].to(device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Matching and sampling
+# ------------------------------------------------------------------------------------------------
+
+
+def pad_targets(targets, device):
+    """Targets of a batch as padded tensors: boxes [B, G, 4], labels [B, G], valid [B, G] bool.
+
+    G is at least 1, so that a batch without any object needs no case of its own.
+    """
+    most = max([1] + [len(t["boxes"]) for t in targets])
+    boxes = torch.zeros(len(targets), most, 4, device=device)
+    labels = torch.zeros(len(targets), most, dtype=torch.int64, device=device)
+    valid = torch.zeros(len(targets), most, dtype=torch.bool, device=device)
+    for i, target in enumerate(targets):
+        n = len(target["boxes"])
+        boxes[i, :n] = target["boxes"]
+        labels[i, :n] = target["labels"]
+        valid[i, :n] = True
+    return boxes, labels, valid
+
+
+def sampling_seeds(targets, device):
+    """One int64 seed per image [B]: the target's "seed", or torch's generator where there is none."""
+    seeds = [t["seed"] if "seed" in t else int(torch.randint(2**62, ())) for t in targets]
+    return torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def random_keys(seeds, n, salt):
+    """[B, n] int64 keys in 1..2^32, as a function of (seed of the image, salt, position) alone.
+
+    A counter-based generator: an integer hash (two rounds of multiply and xor-shift) of the
+    position. No state, hence the same on every device, for every number of workers and after a
+    resume.
+    """
+    mask = 0xFFFFFFFF
+    start = (seeds ^ (seeds >> 32)) + salt * 0x632BE5AB
+    x = (start[:, None] + torch.arange(n, device=seeds.device) * 0x9E3779B9).bitwise_and_(mask)
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        x.bitwise_xor_(x >> 16).mul_(multiplier).bitwise_and_(mask)
+    return x.bitwise_xor_(x >> 16).add_(1)
+
+
+def sample(labels, batch_size, positive_fraction, seeds, salt):
+    """Choose up to `batch_size` candidates per image, at most `positive_fraction` of them positive.
+
+    labels: [B, N] int64; > 0 positive, 0 negative, < 0 never chosen. Positives that are missing
+    are made up for by negatives. Returns index [B, S] into N and valid [B, S] bool: static shapes,
+    so nothing waits for the device; an image with few candidates has slots that are not valid.
+    """
+    keys = random_keys(seeds, labels.shape[1], salt)
+    most_positive = min(int(batch_size * positive_fraction), labels.shape[1])
+    key, positive = torch.where(labels > 0, keys, 0).topk(most_positive)
+    positive_valid = key > 0
+    key, negative = torch.where(labels == 0, keys, 0).topk(min(batch_size, labels.shape[1]))
+    room = batch_size - positive_valid.sum(dim=1, keepdim=True)  # [B, 1]
+    negative_valid = (key > 0) & (torch.arange(key.shape[1], device=key.device) < room)
+    index = torch.cat([positive, negative], dim=1)
+    return index, torch.cat([positive_valid, negative_valid], dim=1)
+
+
+def take(x, index):
+    """Rows of x [B, N, ...] at index [B, S]: [B, S, ...]."""
+    for _ in range(x.dim() - 2):
+        index = index[..., None]
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+
+
+def nms_mask(boxes, scores, groups, valid, threshold):
+    """Non-maximum suppression of all images and groups in one call: bool [B, N], True for the kept.
+
+    boxes [B, N, 4], scores [B, N], groups [N] (boxes of different groups or images never suppress
+    one another), valid [B, N] bool: the others are left out.
+    """
+    image = torch.arange(len(boxes), device=boxes.device)[:, None]
+    group = image * (groups.max() + 1) + groups
+    candidates = valid.flatten().nonzero()[:, 0]
+    # batched_nms may move the groups apart by an offset; float64 keeps that from rounding the boxes.
+    kept = batched_nms(
+        boxes.flatten(0, 1)[candidates].double(),
+        scores.flatten()[candidates].double(),
+        group.flatten()[candidates],
+        threshold,
+    )
+    mask = torch.zeros_like(valid.flatten())
+    mask[candidates[kept]] = True
+    return mask.view_as(valid)
+
+
+# ------------------------------------------------------------------------------------------------
+# Backbones
+# ------------------------------------------------------------------------------------------------
+
+
+class ConvNorm(nn.Module):
+    """Convolution, normalization, and ReLU unless `relu=False`.
+
+    A convolution that is followed by a normalization has no bias: the norm would remove it.
+    """
+
+    def __init__(self, inputs, outputs, kernel, norm, stride=1, groups=1, relu=True):
+        super().__init__()
+        bias = norm == "none"
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.norm = make_norm(norm, outputs)
+        self.relu = relu
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return x.relu_() if self.relu else x
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 with a shortcut; the stride is on the 3x3 (MSRA's weights have it on the 1x1).
+
+    ResNeXt: `groups` is the cardinality, `width` the channels of all groups together.
+    """
+
+    def __init__(self, inputs, width, outputs, norm, stride, groups, stride_in_1x1):
+        super().__init__()
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.shortcut = None
+        if inputs != outputs or stride != 1:
+            self.shortcut = ConvNorm(inputs, outputs, 1, norm, stride, relu=False)
+        self.conv1 = ConvNorm(inputs, width, 1, norm, stride_1x1)
+        self.conv2 = ConvNorm(width, width, 3, norm, stride_3x3, groups)
+        self.conv3 = ConvNorm(width, outputs, 1, norm, relu=False)
+
+    def forward(self, x):
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        x = self.conv3(self.conv2(self.conv1(x)))
+        return x.add_(shortcut).relu_()
+
+
+class Backbone(nn.Module):
+    """What ResNet and VGG share: stages in order, of which the first `freeze_at` are not trained.
+
+    `freeze_at` counts as Detectron's FREEZE_AT does: 1 is the stem, 2 is stem and res2. From random
+    weights it must be 0: frozen random layers cost 3.3 AP (R50, 3x).
+    """
+
+    def freeze(self, stages, freeze_at):
+        self.frozen = stages[:freeze_at]
+        for stage in self.frozen:
+            stage.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for stage in self.frozen:
+            stage.eval()  # BN of a frozen stage keeps its statistics as well
+        return self
+
+
+class ResNet(Backbone):
+    """ResNet or ResNeXt; returns res2..res5, at strides 4, 8, 16, 32.
+
+    `blocks`: bottlenecks of each of the four stages. `groups` and `width_per_group` are those of
+    res2 (1 and 64 for ResNet; 32 and 8 for ResNeXt 32x8d); widths double from stage to stage.
+    `stem_width` is 64 in every published model; a smaller one narrows the whole network.
+    """
+
+    def __init__(self, blocks, groups, width_per_group, stem_width, norm, freeze_at, stride_in_1x1):
+        super().__init__()
+        self.strides = [4, 8, 16, 32]
+        self.stem = ConvNorm(3, stem_width, 7, norm, stride=2)
+        inputs = stem_width
+        self.channels = []
+        for i, count in enumerate(blocks):
+            outputs = stem_width * 4 * 2**i
+            width = groups * width_per_group * 2**i
+            stage = nn.Sequential()
+            for j in range(count):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(Bottleneck(inputs, width, outputs, norm, stride, groups, stride_in_1x1))
+                inputs = outputs
+            setattr(self, f"res{i + 2}", stage)
+            self.channels.append(outputs)
+        self.freeze([self.stem, self.res2, self.res3, self.res4, self.res5], freeze_at)
+
+    def forward(self, x):  # [B, 3, H, W]
+        x = F.max_pool2d(self.stem(x), kernel_size=3, stride=2, padding=1)
+        levels = []
+        for stage in (self.res2, self.res3, self.res4, self.res5):
+            x = stage(x)
+            levels.append(x)
+        return levels
+
+
+class VGG16(Backbone):
+    """VGG-16 up to conv5_3, at stride 16 (Sec. 5.1 "Models without BN/GN"); returns that one level."""
+
+    def __init__(self, norm, freeze_at, **_):
+        super().__init__()
+        self.strides = [16]
+        self.channels = [512]
+        inputs = 3
+        for i, (count, outputs) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
+            stage = nn.Sequential()
+            for _ in range(count):
+                stage.append(ConvNorm(inputs, outputs, 3, norm))
+                inputs = outputs
+            setattr(self, f"conv{i + 1}", stage)
+        self.freeze([self.conv1, self.conv2, self.conv3, self.conv4, self.conv5], freeze_at)
+
+    def forward(self, x):  # [B, 3, H, W]
+        x = self.conv1(x)
+        for stage in (self.conv2, self.conv3, self.conv4, self.conv5):
+            x = stage(F.max_pool2d(x, 2))
+        return [x]
+
+
+# ------------------------------------------------------------------------------------------------
+# FPN (Lin et al., CVPR 2017)
+# ------------------------------------------------------------------------------------------------
+
+
+class FPN(nn.Module):
+    """res2..res5 to P2..P6, all with `channels` channels.
+
+    With "gn", "syncbn" or "bn" the lateral and the output convolutions are normalized, without
+    ReLU. P6, for the RPN's largest anchors, is every second pixel of the (normalized) P5.
+    """
+
+    def __init__(self, inputs, channels, norm):
+        super().__init__()
+        self.lateral = nn.ModuleList(ConvNorm(c, channels, 1, norm, relu=False) for c in inputs)
+        self.output = nn.ModuleList(ConvNorm(channels, channels, 3, norm, relu=False) for _ in inputs)
+
+    def forward(self, levels):  # res2..res5
+        top_down = self.lateral[-1](levels[-1])
+        pyramid = [self.output[-1](top_down)]
+        for i in reversed(range(len(levels) - 1)):
+            upsampled = F.interpolate(top_down, scale_factor=2, mode="nearest")
+            top_down = self.lateral[i](levels[i]) + upsampled
+            pyramid.insert(0, self.output[i](top_down))
+        return pyramid + [pyramid[-1][:, :, ::2, ::2]]
+
+
+# ------------------------------------------------------------------------------------------------
+# RPN
+# ------------------------------------------------------------------------------------------------
+
+
+def make_anchors(shapes, strides, sizes, ratios, device):
+    """Anchors of one image per level: list of [h * w * len(sizes) * len(ratios), 4].
+
+    shapes: (h, w) of each level; sizes: a tuple of sqrt(area) in pixels per level; ratios: h / w.
+    Centred on (x * stride, y * stride), unrounded, and kept when they cross the image border, as
+    in Detectron2. Order: row, column, size, ratio.
+    """
+    anchors = []
+    for (h, w), stride, level_sizes in zip(shapes, strides, sizes):
+        wh = [(s / math.sqrt(r), s * math.sqrt(r)) for s in level_sizes for r in ratios]
+        half = torch.tensor(wh, device=device) / 2  # [cell, 2]
+        y, x = torch.meshgrid(
+            torch.arange(h, device=device) * stride, torch.arange(w, device=device) * stride, indexing="ij"
+        )
+        centre = torch.stack([x, y], dim=-1).view(-1, 1, 2)  # [h * w, 1, 2]
+        anchors.append(torch.cat([centre - half, centre + half], dim=-1).view(-1, 4))
+    return anchors
+
+
+class RPN(nn.Module):
+    """Region proposal network: objectness and a box for every anchor. No norm here (Sec. 4)."""
+
+    def __init__(self, config, channels, strides):
+        super().__init__()
+        self.config = config
+        self.strides = strides
+        cell = len(config["anchor_sizes"][0]) * len(config["anchor_ratios"])
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, cell, 1)
+        self.deltas = nn.Conv2d(channels, cell * 4, 1)
+
+    def forward(self, features):
+        """Per level: objectness logits [B, A_l], box deltas [B, A_l, 4], anchors [A_l, 4]."""
+        objectness, deltas = [], []
+        for level in features:
+            x = self.conv(level).relu_()
+            objectness.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
+            level_deltas = self.deltas(x).permute(0, 2, 3, 1)  # [B, h, w, cell * 4]
+            deltas.append(level_deltas.reshape(len(x), -1, 4).float())
+        shapes = [level.shape[-2:] for level in features]
+        sizes, ratios = self.config["anchor_sizes"], self.config["anchor_ratios"]
+        anchors = make_anchors(shapes, self.strides, sizes, ratios, features[0].device)
+        return objectness, deltas, anchors
+
+    @torch.no_grad()
+    def proposals(self, objectness, deltas, anchors, sizes):
+        """Boxes [B, P, 4] in order of objectness, and which of them are valid [B, P].
+
+        P is the same for all images. sizes: (h, w) of the unpadded images, for clipping.
+        """
+        mode = "train" if self.training else "test"
+        before = self.config[f"rpn_pre_nms_top_n_{mode}"]
+        after = self.config[f"rpn_post_nms_top_n_{mode}"]
+        boxes, scores, levels = [], [], []
+        for i, (level_objectness, level_deltas, level_anchors) in enumerate(zip(objectness, deltas, anchors)):
+            score, index = level_objectness.topk(min(before, level_objectness.shape[1]))
+            chosen = take(level_deltas, index)
+            boxes.append(decode_boxes(chosen, level_anchors[index], (1.0, 1.0, 1.0, 1.0)))
+            scores.append(score)
+            levels.append(torch.full_like(index[0], i))
+        scores = torch.cat(scores, dim=1)
+        boxes = clip_boxes(torch.cat(boxes, dim=1), image_limits(sizes, scores.device))
+        # A box outside the image is clipped to nothing; one that is not a number compares as False.
+        valid = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+        kept = nms_mask(boxes, scores, torch.cat(levels), valid, self.config["rpn_nms_thresh"])
+        score, index = scores.masked_fill(~kept, -math.inf).topk(min(after, scores.shape[1]))
+        return take(boxes, index), score > -math.inf
+
+    def losses(self, objectness, deltas, anchors, truth, truth_valid, seeds):
+        """loss_objectness and loss_rpn_box_reg, both divided by 256 * images (of this process)."""
+        c = self.config
+        objectness, deltas = torch.cat(objectness, dim=1), torch.cat(deltas, dim=1)
+        anchors = torch.cat(anchors)
+        with torch.no_grad():
+            matched, labels = self.match(anchors, truth, truth_valid)
+            batch_size, fraction = c["rpn_batch_size_per_image"], c["rpn_positive_fraction"]
+            index, valid = sample(labels, batch_size, fraction, seeds, salt=1)
+            positive = take(labels, index).eq(1) & valid
+            truth = take(truth, take(matched, index))
+            # Slots that are not positive get their own anchor as target: finite, and then masked.
+            boxes = anchors[index]
+            truth = torch.where(positive[..., None], truth, boxes)
+            box_targets = encode_boxes(truth, boxes, (1.0, 1.0, 1.0, 1.0))
+        logits = take(objectness, index)
+        loss = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
+        box_loss = F.smooth_l1_loss(
+            take(deltas, index), box_targets, reduction="none", beta=c["rpn_smooth_l1_beta"]
+        )
+        denominator = batch_size * len(objectness)
+        return {
+            "loss_objectness": (loss * valid).sum() / denominator,
+            "loss_rpn_box_reg": (box_loss * positive[..., None]).sum() / denominator,
+        }
+
+    def match(self, anchors, truth, truth_valid):
+        """For anchors [A, 4]: index of the best object [B, A], and label [B, A]: 1, 0, or -1 (ignored).
+
+        Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more (Faster R-CNN's
+        "low-quality matches": every object gets at least one anchor). Negative: below 0.3 with all.
+        """
+        iou = pairwise_iou(truth, anchors[None]).masked_fill_(~truth_valid[..., None], -1)  # [B, G, A]
+        best, matched = iou.max(dim=1)
+        labels = torch.full_like(matched, -1)
+        labels[best < self.config["rpn_bg_iou_thresh"]] = 0
+        labels[best >= self.config["rpn_fg_iou_thresh"]] = 1
+        highest = iou.max(dim=2, keepdim=True).values.clamp_(min=1e-6)  # [B, G, 1]
+        labels[(iou >= highest).any(dim=1)] = 1
+        return matched, labels
+
+
+# ------------------------------------------------------------------------------------------------
+# RoI heads
+# ------------------------------------------------------------------------------------------------
+
+
+def to_rois(boxes, valid=None):
+    """RoIs [R, 5], (image index, x1, y1, x2, y2), from a list of [N, 4] or from [B, P, 4] and valid."""
+    if valid is not None:
+        image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
+        return torch.cat([image.to(boxes.dtype), boxes], dim=2)[valid]
+    return torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
+
+
+def pool(features, strides, rois, size, sampling_ratio):
+    """RoIAlign over levels: [R, C, size, size] from P2..P5 (or one level) and rois [R, 5].
+
+    An RoI of 224^2 pixels goes to P4, one of half that side to P3, and so on (Eq. 1 of the FPN
+    paper). One call of RoIAlign per level for all images; pixel centres are at half-integers
+    (`aligned`).
+    """
+    if len(features) == 1:
+        return roi_align(features[0].float(), rois, size, 1 / strides[0], sampling_ratio, aligned=True)
+    side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
+    lowest, highest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
+    level = torch.floor(4 + torch.log2(side / 224 + 1e-8)).clamp(lowest, highest) - lowest
+    order = level.argsort(stable=True)
+    counts = level.long().bincount(minlength=len(features)).tolist()
+    pooled = [
+        roi_align(feature.float(), level_rois, size, 1 / stride, sampling_ratio, aligned=True)
+        for feature, level_rois, stride in zip(features, rois[order].split(counts), strides)
+    ]
+    return torch.cat(pooled)[order.argsort()]
+
+
+class BoxHead(nn.Module):
+    """Pooled RoIs to class logits [R, K + 1] and box deltas [R, K or 1, 4].
+
+    4 conv 3x3 + 1 fc where there is a norm ("4conv1fc" of the GN paper), 2 fc where there is none.
+    """
+
+    def __init__(self, config, channels, norm):
+        super().__init__()
+        self.convs = nn.Sequential()
+        for _ in range(config["box_head_convs"]):
+            self.convs.append(ConvNorm(channels, config["box_head_channels"], 3, norm))
+            channels = config["box_head_channels"]
+        width = channels * config["box_roi_size"] ** 2
+        self.fcs = nn.ModuleList()
+        for _ in range(config["box_head_fcs"]):
+            self.fcs.append(nn.Linear(width, config["box_head_fc_channels"]))
+            width = config["box_head_fc_channels"]
+        regressors = 1 if config["box_class_agnostic"] else config["num_classes"]
+        self.classifier = nn.Linear(width, config["num_classes"] + 1)
+        self.regressor = nn.Linear(width, regressors * 4)
+
+    def forward(self, x):  # [R, C, 7, 7]
+        x = self.convs(x).flatten(1)
+        for fc in self.fcs:
+            x = fc(x).relu_()
+        deltas = self.regressor(x).float()
+        return self.classifier(x).float(), deltas.view(len(deltas), -1, 4)
+
+
+class MaskHead(nn.Module):
+    """Pooled RoIs [R, C, 14, 14] and their classes [R] to mask logits [R, 28, 28] of that class."""
+
+    def __init__(self, config, channels, norm):
+        super().__init__()
+        self.convs = nn.Sequential()
+        for _ in range(config["mask_head_convs"]):
+            self.convs.append(ConvNorm(channels, config["mask_head_channels"], 3, norm))
+            channels = config["mask_head_channels"]
+        self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.predictor = nn.Conv2d(channels, config["num_classes"], 1)
+
+    def forward(self, x, labels):
+        x = self.deconv(self.convs(x)).relu_()
+        # Only the map of class `labels` is ever looked at, in the loss and at test time: apply that
+        # class's row of the 1x1 convolution to each RoI instead of all K rows.
+        weight = self.predictor.weight.flatten(1)[labels - 1]  # [R, C]
+        bias = self.predictor.bias[labels - 1]
+        logits = torch.matmul(weight[:, None].to(x.dtype), x.flatten(2)).float() + bias[:, None, None]
+        return logits.view(len(x), *x.shape[-2:])
+
+
+class KeypointHead(nn.Module):
+    """Pooled RoIs [R, C, 14, 14] to heatmap logits [R, keypoints, 56, 56] (Mask R-CNN, Sec. 5)."""
+
+    def __init__(self, config, channels):
+        super().__init__()
+        self.convs = nn.Sequential()
+        for _ in range(config["keypoint_head_convs"]):
+            self.convs.append(ConvNorm(channels, config["keypoint_head_channels"], 3, "none"))
+            channels = config["keypoint_head_channels"]
+        self.deconv = nn.ConvTranspose2d(channels, config["keypoints"], 4, stride=2, padding=1)
+
+    def forward(self, x):
+        x = self.deconv(self.convs(x)).float()
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def mask_targets(targets, rois, matched, size):
+    """The part of each object's mask inside its RoI, at size x size: float 0/1 [R, size, size].
+
+    RoIAlign of the bit mask, then a threshold, like Detectron2's BitMasks.crop_and_resize. rois
+    [R, 5] are in order of images; matched [R] is the object's index within its image.
+    """
+    crops = []
+    for i, target in enumerate(targets):
+        here = rois[:, 0] == i
+        masks, index = target["masks"], matched[here]
+        boxes = torch.cat([index[:, None].to(rois.dtype), rois[here, 1:]], dim=1)
+        if len(masks) == 0:
+            masks = masks.new_zeros(1, *masks.shape[1:])  # no object, hence no RoI either
+        crops.append(roi_align(masks[:, None].float(), boxes, size, 1.0, 0, aligned=True)[:, 0] >= 0.5)
+    return torch.cat(crops).float()
+
+
+def keypoint_targets(keypoints, boxes, size):
+    """Heatmap cell of every keypoint: cell [R, 17] in 0..size^2 - 1, and valid [R, 17] bool.
+
+    keypoints [R, 17, 3] (x, y, v), boxes [R, 4]. The cell is the floor of the position scaled to
+    the box; the right and the bottom edge belong to the last cell (Detectron). Valid: labelled
+    (v > 0) and inside the box.
+    """
+    xy = keypoints[..., :2]
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    cell = ((xy - low) * (size / (high - low))).floor()
+    cell = torch.where(xy == high, size - 1, cell)
+    valid = ((cell >= 0) & (cell < size)).all(dim=-1) & (keypoints[..., 2] > 0)
+    cell = torch.where(valid[..., None], cell, 0).long()
+    return cell[..., 1] * size + cell[..., 0], valid
+
+
+def decode_keypoints(heatmaps, boxes):
+    """Heatmaps [N, 17, 56, 56] (logits) of boxes [N, 4] to keypoints [N, 17, 3] and scores [N, 17].
+
+    Detectron's rule: resize the map to the box's size in whole pixels (bicubic), take the largest
+    value, return the middle of its pixel, scaled back; third column 1. The score is the value's
+    softmax, normalized over the 56 x 56 map. The loop is over the detections of one image: every
+    box has a size of its own, and one box's maps at a time bound the memory.
+    """
+    points = heatmaps.new_ones(*heatmaps.shape[:2], 3)
+    scores = heatmaps.new_zeros(heatmaps.shape[:2])
+    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
+    for i, (w, h) in enumerate(sizes.ceil().long().tolist()):
+        maps = F.interpolate(heatmaps[i, None], size=(h, w), mode="bicubic", align_corners=False)[0]
+        value, index = maps.flatten(1).max(dim=1)  # [17]
+        cell = torch.stack([index % w, index // w], dim=1) + 0.5
+        points[i, :, :2] = boxes[i, :2] + cell * sizes[i] / cell.new_tensor([w, h])
+        scores[i] = 1 / (heatmaps[i].flatten(1) - value[:, None]).exp().sum(dim=1)
+    return points, scores
+
+
+# ------------------------------------------------------------------------------------------------
+# Mask R-CNN
+# ------------------------------------------------------------------------------------------------
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by `scale`."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+
+class MaskRCNN(nn.Module):
+    """The detector; made by `build_model`, whose arguments it remembers as the dict `config`.
+
+    The steps that `forward` is made of can be used alone: `batch`, `features`, `proposals`,
+    `box_predictions`, `postprocess`, `mask_probabilities`, `keypoint_heatmaps`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # What the weights were trained on; filled in by training, and by loading a checkpoint.
+        self.data_settings = {"min_size": 800, "max_size": 1333, "classes": None, "category_ids": None}
+        for name in ("image_mean", "image_std"):
+            value = torch.tensor(config[name], dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(name, value)
+
+        c, norm = config, config["norm"]
+        # A frozen-BN detector has its affine maps in the backbone only, as in Detectron.
+        head_norm = "none" if norm == "frozen_bn" else norm
+        backbone = dict(norm=norm, freeze_at=c["freeze_at"], stride_in_1x1=c["stride_in_1x1"])
+        if c["backbone"] == "vgg16":
+            self.backbone = VGG16(**backbone)
+            self.fpn = None
+            channels, strides = self.backbone.channels[0], self.backbone.strides
+        else:
+            self.backbone = ResNet(
+                c["blocks"], c["groups"], c["width_per_group"], c["stem_width"], **backbone
+            )
+            self.fpn = FPN(self.backbone.channels, c["fpn_channels"], head_norm)
+            channels, strides = c["fpn_channels"], self.backbone.strides + [64]
+        if len(c["anchor_sizes"]) != len(strides):
+            raise ValueError(
+                f"anchor_sizes has {len(c['anchor_sizes'])} levels but the features have "
+                f"{len(strides)}; give one tuple of sizes for each of the strides {strides}."
+            )
+        self.rpn = RPN(c, channels, strides)
+        stages = 3 if c["cascade"] else 1
+        self.box_heads = nn.ModuleList(BoxHead(c, channels, head_norm) for _ in range(stages))
+        self.mask_head = MaskHead(c, channels, head_norm) if c["masks"] else None
+        self.keypoint_head = KeypointHead(c, channels) if c["keypoints"] else None
+        self.init_weights()
+
+    def init_weights(self):
+        """Initialize from nothing: He et al.'s for what feeds a ReLU, Caffe2's Xavier for FPN and fc.
+
+        Every gamma starts at 1 (zero for the last one of a block, usual in ImageNet training, hurts
+        GN detectors from scratch, notes Detectron2), every bias and beta at 0.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for module in self.fpn.modules() if self.fpn else ():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+        for layer in (self.rpn.conv, self.rpn.objectness, self.rpn.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+        for head in self.box_heads:
+            nn.init.normal_(head.classifier.weight, std=0.01)
+            nn.init.normal_(head.regressor.weight, std=0.001)
+
+    # -- The steps -------------------------------------------------------------------------------
+
+    def batch(self, images):
+        """Normalize and pad: a list of [3, h, w] to [B, 3, H, W] and the sizes [(h, w), ...].
+
+        RGB; uint8, or float in [0, 1]. Padding is zero *after* normalization, on the right and at
+        the bottom, to a multiple of 32: that is why the mean cannot be folded into conv1.
+        """
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        h, w = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
+        batch = self.image_mean.new_zeros(len(images), 3, h, w)
+        for out, image, (h, w) in zip(batch, images, sizes):
+            scale = 1.0 if image.is_floating_point() else 255.0
+            torch.sub(image, self.image_mean * scale, out=out[:, :h, :w]).div_(self.image_std * scale)
+        return batch, sizes
+
+    def features(self, batch):
+        """Feature levels of a batch [B, 3, H, W]: P2..P6, or VGG's one level; list of [B, C, h, w]."""
+        levels = self.backbone(batch)
+        return self.fpn(levels) if self.fpn else levels
+
+    def proposals(self, features, sizes):
+        """The RPN's proposals: boxes [B, P, 4], best first, and which are valid [B, P]."""
+        return self.rpn.proposals(*self.rpn(features), sizes)
+
+    def pool(self, features, rois, size):
+        """RoIAlign of rois [R, 5] from the levels that have RoIs (P6 is the RPN's alone)."""
+        strides = self.backbone.strides
+        ratio = self.config["roi_sampling_ratio"]
+        return pool(features[: len(strides)], strides, rois, size, ratio)
+
+    def box_weights(self, stage):
+        """Box-coding weights of a cascade stage: (10, 10, 5, 5), then 2 and 3 times as large."""
+        return [w * (stage + 1) for w in self.config["bbox_reg_weights"]]
+
+    def box_predictions(self, features, boxes, valid, sizes):
+        """Class scores and boxes of proposals, *before* threshold and NMS.
+
+        boxes [B, P, 4] and valid [B, P] as `proposals` gives them. Returns per image a pair: scores
+        [p, K + 1] (softmax; column 0 is background) and boxes [p, K, 4] ([p, 1, 4] if class-agnostic),
+        clipped, for its p valid proposals. Cascade: each stage refines the boxes of the one before;
+        scores are averaged over the stages.
+        """
+        rois = to_rois(boxes, valid)
+        image = rois[:, 0].long()
+        limits = image_limits(sizes, rois.device)[image]  # [R, 1, 4]
+        scores = 0
+        for stage, head in enumerate(self.box_heads):
+            logits, deltas = head(self.pool(features, rois, self.config["box_roi_size"]))
+            scores = scores + logits.softmax(dim=1) / len(self.box_heads)
+            decoded = decode_boxes(deltas, rois[:, None, 1:], self.box_weights(stage))  # [R, K or 1, 4]
+            decoded = clip_boxes(decoded, limits)
+            rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)  # class-agnostic where it matters
+        counts = valid.sum(dim=1).tolist()
+        return list(zip(scores.split(counts), decoded.split(counts)))
+
+    def postprocess(self, scores, boxes):
+        """Detections of one image: score threshold, NMS per class, the best 100.
+
+        scores [P, K + 1], boxes [P, K or 1, 4], as from `box_predictions`. Returns a dict of boxes
+        [N, 4], labels [N] and scores [N], best first.
+        """
+        proposal, label = (scores[:, 1:] > self.config["box_score_thresh"]).nonzero(as_tuple=True)
+        scores = scores[proposal, label + 1]
+        boxes = boxes[proposal, label if boxes.shape[1] > 1 else 0]
+        kept = batched_nms(boxes.double(), scores.double(), label, self.config["box_nms_thresh"])
+        kept = kept[: self.config["box_detections_per_img"]]
+        return {"boxes": boxes[kept], "labels": label[kept] + 1, "scores": scores[kept]}
+
+    def mask_probabilities(self, features, boxes, labels):
+        """Masks of given boxes and labels (lists of [N, 4] and [N]): a list of [N, 28, 28] in 0..1."""
+        pooled = self.pool(features, to_rois(boxes), self.config["mask_roi_size"])
+        masks = self.mask_head(pooled, torch.cat(labels)).sigmoid()
+        return list(masks.split([len(b) for b in boxes]))
+
+    def keypoint_heatmaps(self, features, boxes):
+        """Keypoint logits of given boxes (list of [N, 4]): a list of [N, 17, 56, 56]."""
+        pooled = self.pool(features, to_rois(boxes), self.config["keypoint_roi_size"])
+        return list(self.keypoint_head(pooled).split([len(b) for b in boxes]))
+
+    # -- Training --------------------------------------------------------------------------------
+
+    def sample_rois(self, boxes, valid, truth, truth_labels, truth_valid, seeds):
+        """512 RoIs an image, at most a quarter of them foreground (IoU >= 0.5 with an object).
+
+        The ground truth joins the proposals, so that there is foreground from the first iteration.
+        Returns rois [R, 5], labels [R], matched [R] (index of the object within its image).
+        """
+        c = self.config
+        boxes = torch.cat([boxes, truth], dim=1)
+        valid = torch.cat([valid, truth_valid], dim=1)
+        matched, labels = self.match_rois(boxes, truth, truth_labels, truth_valid, c["box_fg_iou_thresh"][0])
+        labels = labels.masked_fill(~valid, -1)
+        batch_size, fraction = c["box_batch_size_per_image"], c["box_positive_fraction"]
+        index, chosen = sample(labels, batch_size, fraction, seeds, salt=2)
+        rois = to_rois(take(boxes, index), chosen)
+        return rois, take(labels, index)[chosen], take(matched, index)[chosen]
+
+    def match_rois(self, boxes, truth, truth_labels, truth_valid, threshold):
+        """Boxes [B, P, 4] to the object they overlap most: its index [B, P], and its label or 0."""
+        iou = pairwise_iou(truth, boxes).masked_fill_(~truth_valid[..., None], -1)
+        best, matched = iou.max(dim=1)
+        return matched, torch.where(best >= threshold, take(truth_labels, matched), 0)
+
+    def box_losses(self, features, rois, labels, matched, targets, padded, sizes):
+        """Classification and box losses of every stage, for the sampled RoIs.
+
+        Stages 2 and 3 take the boxes that the stage before made of the same RoIs: nothing is sampled
+        again, no ground truth is added again, and boxes that became empty are dropped.
+        """
+        truth, truth_labels, truth_valid = padded
+        stages = len(self.box_heads)
+        losses = {}
+        for stage, head in enumerate(self.box_heads):
+            name = f"_{stage + 1}" if stages > 1 else ""
+            if stage > 0:
+                with torch.no_grad():
+                    boxes = decode_boxes(deltas[:, 0], rois[:, 1:], self.box_weights(stage - 1))  # noqa: F821
+                    boxes = clip_boxes(boxes, image_limits(sizes, boxes.device)[rois[:, 0].long(), 0])
+                    filled = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+                    rois = torch.cat([rois[:, :1], boxes], dim=1)[filled]
+                    image = rois[:, 0].long()
+                    threshold = self.config["box_fg_iou_thresh"][stage]
+                    # One "image" per RoI: every RoI against the objects of its own image.
+                    matched, labels = self.match_rois(
+                        rois[:, None, 1:], truth[image], truth_labels[image], truth_valid[image], threshold
+                    )
+                    matched, labels = matched[:, 0], labels[:, 0]
+            pooled = self.pool(features, rois, self.config["box_roi_size"])
+            if stages > 1:
+                pooled = ScaleGradient.apply(pooled, 1 / stages)
+            logits, deltas = head(pooled)
+            with torch.no_grad():
+                foreground = labels > 0
+                boxes = rois[:, 1:]
+                box_truth = truth[rois[:, 0].long(), matched]
+                box_truth = torch.where(foreground[:, None], box_truth, boxes)
+                box_targets = encode_boxes(box_truth, boxes, self.box_weights(stage))
+            column = (labels - 1).clamp(min=0) if deltas.shape[1] > 1 else torch.zeros_like(labels)
+            chosen = deltas[torch.arange(len(deltas), device=deltas.device), column]
+            loss = F.smooth_l1_loss(
+                chosen, box_targets, reduction="none", beta=self.config["box_smooth_l1_beta"]
+            )
+            # Both divide by *all* sampled RoIs; a process without any has a loss of zero, with a graph.
+            count = max(len(labels), 1)
+            losses["loss_classifier" + name] = F.cross_entropy(logits, labels, reduction="sum") / count
+            losses["loss_box_reg" + name] = (loss * foreground[:, None]).sum() / count
+        return losses
+
+    def mask_loss(self, features, rois, labels, matched, targets):
+        """Cross-entropy of the true class's mask, mean over foreground RoIs and 28 x 28 pixels."""
+        pooled = self.pool(features, rois, self.config["mask_roi_size"])
+        logits = self.mask_head(pooled, labels)
+        truth = mask_targets(targets, rois, matched, logits.shape[-1])
+        # With no foreground at all the sum is zero but still depends on every parameter of the
+        # head, so that the process takes part in all-reduces of SyncBN and of the gradients.
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        return {"loss_mask": loss / max(logits.numel(), 1)}
+
+    def keypoint_loss(self, features, rois, matched, targets):
+        """Cross-entropy over the 56 x 56 positions, sum / labelled keypoints in the RoIs."""
+        truth = torch.cat(
+            [t["keypoints"][matched[rois[:, 0] == i]] for i, t in enumerate(targets)]
+        ).float()  # rois are in order of images
+        size = 4 * self.config["keypoint_roi_size"]
+        cell, valid = keypoint_targets(truth, rois[:, 1:], size)
+        useful = valid.any(dim=1)  # RoIs without a labelled keypoint inside are left out
+        cell, valid = cell[useful], valid[useful]
+        heatmaps = self.keypoint_head(self.pool(features, rois[useful], self.config["keypoint_roi_size"]))
+        loss = F.cross_entropy(heatmaps.flatten(0, 1).flatten(1), cell.flatten(), reduction="none")
+        return {"loss_keypoint": (loss * valid.flatten()).sum() / valid.sum().clamp(min=1)}
+
+    def losses(self, features, sizes, targets):
+        """All losses of a batch, as a dict of scalars (see `forward`)."""
+        device = features[0].device
+        truth, truth_labels, truth_valid = padded = pad_targets(targets, device)
+        seeds = sampling_seeds(targets, device)
+
+        objectness, deltas, anchors = self.rpn(features)
+        losses = self.rpn.losses(objectness, deltas, anchors, truth, truth_valid, seeds)
+
+        boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
+        rois, labels, matched = self.sample_rois(boxes, valid, *padded, seeds)
+        losses |= self.box_losses(features, rois, labels, matched, targets, padded, sizes)
+
+        foreground = labels > 0
+        rois, labels, matched = rois[foreground], labels[foreground], matched[foreground]
+        if self.mask_head:
+            losses |= self.mask_loss(features, rois, labels, matched, targets)
+        if self.keypoint_head:
+            losses |= self.keypoint_loss(features, rois, matched, targets)
+        return losses
+
+    # -- The whole -------------------------------------------------------------------------------
+
+    def forward(self, images, targets=None):
+        """Losses in training mode, detections in evaluation mode.
+
+        images: list of [3, h, w] RGB tensors, uint8 or float in [0, 1], of any sizes.
+        targets (training): list of dicts with `boxes` [N, 4] float xyxy, `labels` [N] int64 in
+        1..K, `masks` [N, h, w] bool or uint8 (if the model has masks), `keypoints` [N, 17, 3] (x, y,
+        v), and optionally `seed` (int), of which the random sampling is then a function.
+
+        Training returns loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask,
+        loss_keypoint (cascade: loss_classifier_1..3, loss_box_reg_1..3). Evaluation returns per
+        image a dict of `boxes`, `labels`, `scores`, `masks` [N, 28, 28] (probabilities inside the
+        box), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17], in pixels of the
+        given image.
+        """
+        batch, sizes = self.batch(images)
+        features = self.features(batch)
+        if self.training:
+            return self.losses(features, sizes, targets)
+
+        boxes, valid = self.proposals(features, sizes)
+        predictions = self.box_predictions(features, boxes, valid, sizes)
+        detections = [self.postprocess(*prediction) for prediction in predictions]
+        boxes = [d["boxes"] for d in detections]
+        if self.mask_head:
+            labels = [d["labels"] for d in detections]
+            for d, masks in zip(detections, self.mask_probabilities(features, boxes, labels)):
+                d["masks"] = masks
+        if self.keypoint_head:
+            for d, heatmaps in zip(detections, self.keypoint_heatmaps(features, boxes)):
+                d["keypoints"], d["keypoints_scores"] = decode_keypoints(heatmaps, d["boxes"])
+        return detections
+
+
+# Every argument of the model with the paper's value, in the order of the detector.
+DEFAULTS = {
+    "backbone": "resnet50",
+    "norm": "gn",
+    "num_classes": 80,
+    "masks": True,
+    "keypoints": 0,
+    "cascade": False,
+    # Detectron's pixel mean (122.7717, 115.9465, 102.9801) and no division, for images in [0, 1].
+    "image_mean": (122.7717 / 255, 115.9465 / 255, 102.9801 / 255),
+    "image_std": (1 / 255, 1 / 255, 1 / 255),
+    # Backbone and FPN
+    "blocks": None,  # bottlenecks per stage; None: what the name of the backbone says
+    "groups": 1,
+    "width_per_group": 64,
+    "stem_width": 64,
+    "stride_in_1x1": False,
+    "freeze_at": 0,
+    "fpn_channels": 256,
+    # RPN
+    "anchor_sizes": ((32,), (64,), (128,), (256,), (512,)),
+    "anchor_ratios": (0.5, 1.0, 2.0),
+    "rpn_pre_nms_top_n_train": 2000,  # per level
+    "rpn_pre_nms_top_n_test": 1000,
+    "rpn_post_nms_top_n_train": 1000,  # per image
+    "rpn_post_nms_top_n_test": 1000,
+    "rpn_nms_thresh": 0.7,
+    "rpn_fg_iou_thresh": 0.7,
+    "rpn_bg_iou_thresh": 0.3,
+    "rpn_batch_size_per_image": 256,
+    "rpn_positive_fraction": 0.5,
+    "rpn_smooth_l1_beta": 1 / 9,
+    # RoI heads
+    "roi_sampling_ratio": 2,  # 0: as many samples as the bin has pixels, as Detectron2's models
+    "box_roi_size": 7,
+    "box_head_convs": None,  # None: 4 conv + 1 fc with a norm, 2 fc without
+    "box_head_channels": 256,
+    "box_head_fcs": None,
+    "box_head_fc_channels": 1024,
+    "box_class_agnostic": False,
+    "box_fg_iou_thresh": (0.5, 0.6, 0.7),  # the second and the third are the cascade's stages
+    "box_batch_size_per_image": 512,
+    "box_positive_fraction": 0.25,
+    "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
+    "box_smooth_l1_beta": 1.0,
+    "box_score_thresh": 0.05,
+    "box_nms_thresh": 0.5,
+    "box_detections_per_img": 100,
+    "mask_roi_size": 14,
+    "mask_head_convs": 4,
+    "mask_head_channels": 256,
+    "keypoint_roi_size": 14,
+    "keypoint_head_convs": 8,
+    "keypoint_head_channels": 512,
+}
+
+# What a backbone changes. The paper's "ResNeXt-152 8x32d" has 8 groups of 32; Detectron's
+# pre-trained X-152 has 32 groups of 8.
+BACKBONES = {
+    "resnet50": {"blocks": (3, 4, 6, 3)},
+    "resnet101": {"blocks": (3, 4, 23, 3)},
+    "resnext101_32x8d": {"blocks": (3, 4, 23, 3), "groups": 32, "width_per_group": 8},
+    "resnext152_8x32d": {"blocks": (3, 8, 36, 3), "groups": 8, "width_per_group": 32},
+    "resnext152_32x8d": {"blocks": (3, 8, 36, 3), "groups": 32, "width_per_group": 8},
+    # Faster R-CNN without FPN: Detectron's anchors and numbers of proposals off FPN, VGG's two fc.
+    "vgg16": {
+        "anchor_sizes": ((64, 128, 256, 512),),
+        "rpn_pre_nms_top_n_train": 12000,
+        "rpn_post_nms_top_n_train": 2000,
+        "rpn_pre_nms_top_n_test": 6000,
+        "box_head_convs": 0,
+        "box_head_fcs": 2,
+        "box_head_fc_channels": 4096,
+    },
+}
+
+
+def build_model(backbone="resnet50", norm="gn", num_classes=80, masks=True, keypoints=0, cascade=False, **hyper):
+    """A MaskRCNN with random weights; any name in DEFAULTS can be given as an argument.
+
+    backbone: a name in BACKBONES. norm: "gn", "syncbn", "bn", "frozen_bn" or "none". num_classes
+    does not count background. keypoints: their number, or 0. cascade: three box stages
+    (class-agnostic). Widths and depths are arguments too, for small models that run the same code.
+
+    Raises ValueError for a name or a combination that there is not.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"Unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
+    unknown = sorted(set(hyper) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"Unknown argument {unknown[0]!r} of build_model; see model.DEFAULTS for all.")
+    named = dict(norm=norm, num_classes=num_classes, masks=masks, keypoints=keypoints, cascade=cascade)
+    config = DEFAULTS | BACKBONES[backbone] | {"backbone": backbone} | named | hyper
+    if config["blocks"] is None:
+        config["blocks"] = BACKBONES[backbone].get("blocks")
+    normalized = norm in ("gn", "syncbn", "bn")
+    if config["box_head_convs"] is None:
+        config["box_head_convs"] = 4 if normalized else 0
+    if config["box_head_fcs"] is None:
+        config["box_head_fcs"] = 1 if normalized else 2
+    if cascade:
+        config["box_class_agnostic"] = True  # a stage hands one box per RoI to the next
+    return MaskRCNN(config)
