@@ -12,7 +12,10 @@ G: ground-truth objects of the image that has most, P: proposals, R: RoIs of all
 """
 
 import math
+import pickle
+import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -999,3 +1002,383 @@ def build_model(backbone="resnet50", norm="gn", num_classes=80, masks=True, keyp
     if cascade:
         config["box_class_agnostic"] = True  # a stage hands one box per RoI to the next
     return MaskRCNN(config)
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights in and out
+# ------------------------------------------------------------------------------------------------
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be used; the message is one sentence."""
+
+
+# Modules here and in three public worlds; None: there is no such thing. i, j, k are numbers; i_1 is
+# i - 1, j1 is j + 1, abc is the letter of k. The table is read in both directions.
+NAMES = (
+    # here, Detectron2, torchvision (classification), Detectron (Caffe2)
+    ("backbone.stem.conv", "backbone.bottom_up.stem.conv1", "conv1", "conv1"),
+    ("backbone.stem.norm", "backbone.bottom_up.stem.conv1.norm", "bn1", "{stem}_{norm}"),
+    ("backbone.res{i}.{j}.conv{k}.conv", "backbone.bottom_up.res{i}.{j}.conv{k}",
+     "layer{i_1}.{j}.conv{k}", "res{i}_{j}_branch2{abc}"),
+    ("backbone.res{i}.{j}.conv{k}.norm", "backbone.bottom_up.res{i}.{j}.conv{k}.norm",
+     "layer{i_1}.{j}.bn{k}", "res{i}_{j}_branch2{abc}_{norm}"),
+    ("backbone.res{i}.{j}.shortcut.conv", "backbone.bottom_up.res{i}.{j}.shortcut",
+     "layer{i_1}.{j}.downsample.0", "res{i}_{j}_branch1"),
+    ("backbone.res{i}.{j}.shortcut.norm", "backbone.bottom_up.res{i}.{j}.shortcut.norm",
+     "layer{i_1}.{j}.downsample.1", "res{i}_{j}_branch1_{norm}"),
+    ("backbone.conv{i}.{j}.conv", None, "features.{vgg}", "conv{i}_{j1}"),
+    ("fpn.lateral.{i}.conv", "backbone.fpn_lateral{i2}", None, None),
+    ("fpn.lateral.{i}.norm", "backbone.fpn_lateral{i2}.norm", None, None),
+    ("fpn.output.{i}.conv", "backbone.fpn_output{i2}", None, None),
+    ("fpn.output.{i}.norm", "backbone.fpn_output{i2}.norm", None, None),
+    ("rpn.conv", "proposal_generator.rpn_head.conv", None, None),
+    ("rpn.objectness", "proposal_generator.rpn_head.objectness_logits", None, None),
+    ("rpn.deltas", "proposal_generator.rpn_head.anchor_deltas", None, None),
+    # {stage} is ".0", ".1", ".2" in a cascade and nothing otherwise
+    ("box_heads.{i}.convs.{j}.conv", "roi_heads.box_head{stage}.conv{j1}", None, None),
+    ("box_heads.{i}.convs.{j}.norm", "roi_heads.box_head{stage}.conv{j1}.norm", None, None),
+    ("box_heads.{i}.fcs.{j}", "roi_heads.box_head{stage}.fc{j1}", "classifier.{j3}", "fc{j6}"),
+    ("box_heads.{i}.classifier", "roi_heads.box_predictor{stage}.cls_score", None, None),
+    ("box_heads.{i}.regressor", "roi_heads.box_predictor{stage}.bbox_pred", None, None),
+    ("mask_head.convs.{i}.conv", "roi_heads.mask_head.mask_fcn{i1}", None, None),
+    ("mask_head.convs.{i}.norm", "roi_heads.mask_head.mask_fcn{i1}.norm", None, None),
+    ("mask_head.deconv", "roi_heads.mask_head.deconv", None, None),
+    ("mask_head.predictor", "roi_heads.mask_head.predictor", None, None),
+    ("keypoint_head.convs.{i}.conv", "roi_heads.keypoint_head.conv_fcn{i1}", None, None),
+    ("keypoint_head.deconv", "roi_heads.keypoint_head.score_lowres", None, None),
+)  # fmt: skip
+FORMATS = {"detectron2": 1, "torchvision": 2, "caffe2": 3}
+
+# Parameters in Caffe2's names, by whether the module is a norm.
+CAFFE2_SUFFIXES = {
+    False: {"weight": "w", "bias": "b"},
+    True: {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"},
+}
+CAFFE2_BATCH_NORM = {
+    "weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"
+}  # fmt: skip
+
+# Statistics of images, RGB in [0, 1], that go with the weights of each format. A file does not say
+# them; the scratch 9x models and X-101 of Detectron2 were trained with other deviations.
+STATISTICS = {
+    "detectron2": ([123.675 / 255, 116.28 / 255, 103.53 / 255], [1 / 255] * 3),
+    "torchvision": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "caffe2": ([122.7717 / 255, 115.9465 / 255, 102.9801 / 255], [1 / 255] * 3),
+}
+
+
+def foreign_name(name, kind, cascade=False, caffe2_norm="gn"):
+    """The name of one of our parameters in another format, or None if it has none there."""
+    module, _, parameter = name.rpartition(".")
+    for row in NAMES:
+        template = row[FORMATS[kind]]
+        pattern = re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", row[0].replace(".", r"\."))
+        match = re.fullmatch(pattern, module)
+        if match is None:
+            continue
+        if template is None:
+            return None
+        n = {key: int(value) for key, value in match.groupdict().items()}
+        i, j, k = n.get("i", 0), n.get("j", 0), n.get("k", 1)
+        foreign = template.format(
+            i=i, j=j, k=k, i_1=i - 1, i1=i + 1, i2=i + 2, j1=j + 1, j3=3 * j, j6=j + 6,
+            abc="abc"[k - 1], vgg=(0, 5, 10, 17, 24)[min(i, 5) - 1] + 2 * j,
+            stage=f".{i}" if cascade else "", norm=caffe2_norm,
+            stem="res_conv1" if caffe2_norm == "bn" else "conv1",
+        )  # fmt: skip
+        if kind != "caffe2":
+            return f"{foreign}.{parameter}"
+        return f"{foreign}_{CAFFE2_SUFFIXES[module.endswith('.norm')].get(parameter, parameter)}"
+    return None
+
+
+def convert(name, tensor, kind, forward=True):
+    """A tensor of another format as ours (forward), or ours as theirs. Exact both ways.
+
+    Detectron and Detectron2 read BGR, we RGB. Their background is the last class, ours the first;
+    box deltas and masks have no background in either.
+    """
+    if kind in ("detectron2", "caffe2") and name in ("backbone.stem.conv.weight", "backbone.conv1.0.conv.weight"):
+        return tensor.flip(1)
+    if kind == "detectron2" and ".classifier." in name:
+        return tensor.roll(1 if forward else -1, dims=0)
+    return tensor
+
+
+def to_detectron2(model):
+    """The model's weights with Detectron2's names and conventions: a dict of tensors."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        foreign = foreign_name(name, "detectron2", model.config["cascade"])
+        if foreign is not None:
+            state[foreign] = convert(name, tensor, "detectron2", forward=False).clone()
+    for ours, theirs in (("image_mean", "pixel_mean"), ("image_std", "pixel_std")):
+        state[theirs] = getattr(model, ours).double().flip(0) * 255
+    return state
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Reads numpy arrays and scalars, numbers, strings and containers; refuses everything else.
+
+    A pickle is a program: whatever it names is imported, and what it names can be called. So only
+    the names below exist for it, and they are functions of ours that can do no harm.
+    """
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        allowed = {
+            "numpy.core.multiarray._reconstruct": lambda *_: np.ndarray.__new__(np.ndarray, (0,), "b"),
+            "numpy.core.multiarray.scalar": self.scalar,
+            "numpy.ndarray": np.ndarray,
+            "numpy.dtype": self.dtype,
+            "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+            "collections.OrderedDict": dict,
+        }
+        if full not in allowed:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of weights needs")
+        return allowed[full]
+
+    @staticmethod
+    def dtype(code, *_):
+        dtype = np.dtype(code)
+        if dtype.hasobject or dtype.fields:
+            raise pickle.UnpicklingError(f"it holds an array of type {code!r}")
+        return dtype
+
+    @staticmethod
+    def scalar(dtype, value):
+        return np.frombuffer(value if isinstance(value, bytes) else value.encode("latin1"), dtype)[0]
+
+
+def read_file(path):
+    """What a .pth or .pkl file holds, with nothing in it executed. Raises WeightsError."""
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+            file.seek(0)
+            content = None if zipped else RestrictedUnpickler(file, encoding="latin1").load()
+        if zipped or isinstance(content, int):  # torch's own format, or the one before it
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"There is no file {path}.") from None
+    except IsADirectoryError:
+        raise WeightsError(f"{path} is a folder; name the file of weights in it.") from None
+    except Exception as error:  # whatever a truncated, foreign or malicious file brings about
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} cannot be read as weights: {reason.rstrip('.')}.") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} cannot be read as weights: it holds a {type(content).__name__}, not names "
+                           "and tensors.")  # fmt: skip
+    return content
+
+
+def read_weights(path):
+    """Tensors of a file by their names there, and its format: "own" or one of FORMATS."""
+    content = read_file(path)
+    state = content
+    for key in ("model", "blobs"):
+        if isinstance(content.get(key), dict):
+            state = content[key]
+    try:
+        state = {
+            name: value if torch.is_tensor(value) else torch.from_numpy(np.array(value))
+            for name, value in state.items()
+            if torch.is_tensor(value) or isinstance(value, np.ndarray)
+        }
+    except TypeError as error:
+        raise WeightsError(f"{path} holds an array that is not numeric ({error}).") from None
+    if "model_config" in content:
+        return state, "own", content
+    signs = {
+        "proposal_generator.rpn_head.conv.weight": "detectron2",
+        "layer1.0.conv1.weight": "torchvision",
+        "features.0.weight": "torchvision",
+        "res2_0_branch2a_w": "caffe2",
+        "conv1_1_w": "caffe2",
+    }
+    for sign, kind in signs.items():
+        if sign in state:
+            return state, kind, content
+    raise WeightsError(f"{path} holds weights, but with the names of no model known here (train.py, Detectron2, "
+                       "torchvision's classification, Detectron's ImageNet models).")  # fmt: skip
+
+
+def translate(state, kind, model):
+    """A state dict of another format with our names, and the names in it that were not used.
+
+    Only names that the model has are translated; shapes are checked by the caller.
+    """
+    if kind == "own":
+        return dict(state), []
+    norm = "gn" if "conv1_gn_s" in state else "bn"
+    found, used = {}, set()
+    for name, own in model.state_dict().items():
+        foreign = foreign_name(name, kind, model.config["cascade"], norm)
+        if kind == "caffe2" and foreign and foreign not in state and ".norm." in name:
+            module, _, parameter = name.rpartition(".")
+            stem = foreign.rpartition("_")[0]
+            foreign = f"{stem}_{CAFFE2_BATCH_NORM.get(parameter, parameter)}"
+        if foreign in state:
+            found[name] = convert(name, state[foreign], kind)
+            used.add(foreign)
+    if kind == "caffe2" and norm == "bn":
+        # MSRA's files have BN folded into scale and shift; as a frozen BN with mean 0 and variance 1.
+        for name, module in model.backbone.named_modules(prefix="backbone"):
+            if f"{name}.weight" in found and f"{name}.running_mean" not in found and hasattr(module, "running_var"):
+                if module.weight.requires_grad:
+                    raise WeightsError("This file has BN's scale and shift but not its statistics, which only "
+                                       "fits a model with norm frozen_bn.")  # fmt: skip
+                found[f"{name}.running_mean"] = torch.zeros_like(module.running_mean)
+                found[f"{name}.running_var"] = torch.ones_like(module.running_var) - module.eps
+    mean, std = STATISTICS[kind]
+    for ours, theirs, default in (("image_mean", "pixel_mean", mean), ("image_std", "pixel_std", std)):
+        value = torch.tensor(default, dtype=torch.float64)
+        if theirs in state:
+            value = state[theirs].double().flatten().flip(0) / 255
+            used.add(theirs)
+        found[ours] = value.view(3, 1, 1)
+    return found, sorted(set(state) - used)
+
+
+def fill(model, found, unused, path, verbose):
+    """Copy tensors into the model, by our names, and say what was filled and what was not."""
+    own = model.state_dict()
+    counted = [name for name in own if not name.endswith("num_batches_tracked")]
+    filled = [name for name in counted if name in found]
+    left = [name for name in counted if name not in found]
+    unused = unused + [name for name in found if name not in own]
+    for name in filled:
+        if found[name].shape != own[name].shape:
+            raise WeightsError(
+                f"{path} does not fit this model: {name} has shape {tuple(found[name].shape)} in the file and "
+                f"{tuple(own[name].shape)} in the model."
+            )
+    if not any(name.startswith("backbone.") for name in filled):
+        raise WeightsError(f"{path} has no weights for the backbone of this model, {model.config['backbone']} "
+                           f"with norm {model.config['norm']}.")  # fmt: skip
+    lost = [name for name in left if name.startswith("backbone.")]
+    if lost:
+        raise WeightsError(f"{path} is of another backbone than {model.config['backbone']} with norm "
+                           f"{model.config['norm']}: it has no {lost[0]}.")  # fmt: skip
+    model.load_state_dict(found, strict=False)
+    for name in ("image_mean", "image_std"):  # a checkpoint made from here on tells of them
+        model.config[name] = tuple(getattr(model, name).flatten().tolist())
+    if verbose:
+        print(f"Weights   {path}: {len(filled)} tensors loaded, {len(left)} left at their initialization"
+              f"{summary(left)}, {len(unused)} in the file not used{summary(unused)}")  # fmt: skip
+
+
+def summary(names):
+    """The modules that names belong to, in a few words: " (rpn, box_heads, mask_head)"."""
+    modules = list(dict.fromkeys(name.split(".")[0] for name in names))
+    shown = ", ".join(modules[:4]) + (", ..." if len(modules) > 4 else "")
+    return f" ({shown})" if modules else ""
+
+
+def load_weights(model, path, verbose=True):
+    """Fill a model from a file: our checkpoints, Detectron2's detectors (.pkl, .pth), torchvision's
+    classification weights or Detectron's ImageNet pickles (the backbone); told by their contents.
+
+    The image statistics that belong to the weights are set as well. A classifier for other classes
+    is an error. Raises WeightsError naming the parameter where a shape does not fit, and where the
+    file fills nothing of the backbone. Nothing in the file is executed.
+    """
+    state, kind, _ = read_weights(path)
+    if any("conv2_offset" in name for name in state):
+        raise WeightsError(f"{path} uses deformable convolutions, which this project does not have.")
+    found, unused = translate(state, kind, model)
+    fill(model, found, unused, path, verbose)
+
+
+def infer_config(state):
+    """The arguments of `build_model` for a detector in Detectron2's names, from names and shapes."""
+    prefix = "backbone.bottom_up."
+    blocks = tuple(
+        len({name.split(".")[3] for name in state if name.startswith(f"{prefix}res{i}.")}) for i in (2, 3, 4, 5)
+    )
+    conv2 = state[prefix + "res2.0.conv2.weight"]
+    width = {"groups": conv2.shape[0] // conv2.shape[1], "width_per_group": conv2.shape[1]}
+    norm = "frozen_bn"
+    if "backbone.fpn_lateral2.norm.weight" in state:
+        norm = "syncbn" if "backbone.fpn_lateral2.norm.running_mean" in state else "gn"
+    cascade = "roi_heads.box_head.0.fc1.weight" in state
+    stage = ".0" if cascade else ""
+    classes = state[f"roi_heads.box_predictor{stage}.cls_score.weight"].shape[0] - 1
+    deltas = state[f"roi_heads.box_predictor{stage}.bbox_pred.weight"].shape[0]
+    keypoints = state.get("roi_heads.keypoint_head.score_lowres.weight")
+    config = {
+        "backbone": "resnet50",
+        "norm": norm,
+        "num_classes": classes,
+        "masks": "roi_heads.mask_head.predictor.weight" in state,
+        "keypoints": 0 if keypoints is None else keypoints.shape[1],
+        "cascade": cascade,
+        "blocks": blocks,
+        **width,
+        "stem_width": state[prefix + "stem.conv1.weight"].shape[0],
+        "fpn_channels": state["backbone.fpn_lateral2.weight"].shape[0],
+        "box_head_convs": sum(f"roi_heads.box_head{stage}.conv{i}.weight" in state for i in range(1, 10)),
+        "box_head_fcs": sum(f"roi_heads.box_head{stage}.fc{i}.weight" in state for i in range(1, 10)),
+        "box_head_fc_channels": state[f"roi_heads.box_head{stage}.fc1.weight"].shape[0],
+        "mask_head_convs": sum(f"roi_heads.mask_head.mask_fcn{i}.weight" in state for i in range(1, 10)),
+        "keypoint_head_convs": sum(f"roi_heads.keypoint_head.conv_fcn{i}.weight" in state for i in range(1, 20)),
+        "box_class_agnostic": deltas == 4 and (cascade or classes > 1),
+        # Not in the file: what Detectron2's configurations for such models say.
+        "stride_in_1x1": norm == "frozen_bn" and width["groups"] == 1,
+        "roi_sampling_ratio": 0,
+        "rpn_smooth_l1_beta": 0.0,
+        "box_smooth_l1_beta": 0.5 if keypoints is not None else 0.0,
+    }
+    for name, changes in BACKBONES.items():
+        if {"blocks": blocks, **width}.items() <= (DEFAULTS | changes).items():
+            config["backbone"] = name
+    for part, key in (
+        (f"roi_heads.box_head{stage}.conv1.weight", "box_head_channels"),
+        ("roi_heads.mask_head.mask_fcn1.weight", "mask_head_channels"),
+        ("roi_heads.keypoint_head.conv_fcn1.weight", "keypoint_head_channels"),
+    ):
+        if part in state:
+            config[key] = state[part].shape[0]
+    return config
+
+
+def load_model(path, verbose=True, **overrides):
+    """Build the model that a file is of, and fill it; in evaluation mode.
+
+    A checkpoint of train.py says everything, its `data_settings` included. For a detector of
+    Detectron2 the architecture is inferred from names and shapes; what the file does not say is
+    assumed (image_mean, image_std, stride_in_1x1, roi_sampling_ratio; printed), and can be given in
+    `overrides` like any other argument of `build_model`. Raises WeightsError.
+    """
+    state, kind, content = read_weights(path)
+    if kind == "own":
+        try:
+            model = build_model(**content["model_config"] | overrides)
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"{path} describes a model that cannot be built: {error}") from None
+        model.data_settings = content["data"]
+    elif kind == "detectron2":
+        if any("conv2_offset" in name for name in state):
+            raise WeightsError(f"{path} uses deformable convolutions, which this project does not have.")
+        try:
+            config = infer_config(state)
+        except KeyError as error:
+            raise WeightsError(f"{path} looks like a detector of Detectron2 but has no {error}.") from None
+        model = build_model(**config | overrides)
+        if verbose:
+            assumed = ("stride_in_1x1", "roi_sampling_ratio")
+            print("Assumed  ", ", ".join(f"{name}={model.config[name]}" for name in assumed), end="; ")
+            print("image_mean and image_std of Detectron2" if "image_mean" not in overrides else "")
+    else:
+        raise WeightsError(f"{path} is a backbone for fine-tuning ({kind}), not a detector; give it to train.py "
+                           "--init, or to load_weights.")  # fmt: skip
+    found, unused = translate(state, kind, model)
+    missing = [n for n in model.state_dict() if n not in found and not n.endswith("num_batches_tracked")]
+    if missing:
+        raise WeightsError(f"{path} has no {missing[0]}; it is of another model, or incomplete.")
+    for name in ("image_mean", "image_std"):
+        if name in overrides:
+            found[name] = torch.tensor(overrides[name]).view(3, 1, 1)
+    fill(model, found, unused, path, verbose)
+    return model.eval()

@@ -1,0 +1,765 @@
+"""Training Mask R-CNN from random weights (or fine-tuning it): every experiment of the paper.
+
+He, Girshick, Dollar, "Rethinking ImageNet Pre-training" (arXiv 1811.08883), Sec. 4 and 5.
+
+  python train.py                                                 generated data, 6 minutes, no GPU
+  torchrun --nproc-per-node 8 train.py --recipe r50-gn --schedule 6x --data coco      the paper's
+
+In reading order: the recipes, the learning rate, the optimizer, checkpoints, the loop, the command
+line. A random initialization differs from a pre-trained one in two things only: a normalization
+that can be trained with small batches (norms.py), and more iterations.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import evaluate
+import model as detector
+
+# ------------------------------------------------------------------------------------------------
+# Recipes
+# ------------------------------------------------------------------------------------------------
+
+# "1x" is 90,000 iterations of 16 images: 12.3 epochs of COCO train2017.
+SCHEDULES = {
+    "1x": 90_000,
+    "2x": 180_000,
+    "3x": 270_000,
+    "4x": 360_000,
+    "5x": 450_000,
+    "6x": 540_000,
+    "7x": 630_000,
+    "8x": 720_000,
+    "9x": 810_000,
+    "10x": 900_000,
+    "11x": 990_000,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One experiment. The defaults are the paper's baseline: R50-FPN, GN, 6x, from random weights."""
+
+    # Sec. 4 "Architecture"
+    backbone: str = "resnet50"
+    norm: str = "gn"
+    masks: bool = True
+    keypoints: int = 0
+    model: dict = dataclasses.field(default_factory=dict)  # further arguments of build_model
+    freeze_at: int = 0  # with random weights nothing may be frozen
+    freeze_at_pretrained: int = 2  # stem and res2, the default of Detectron's GN baselines
+
+    # Sec. 4 "Learning rate scheduling"
+    iterations: int = SCHEDULES["6x"]  # from random weights
+    iterations_pretrained: int = SCHEDULES["2x"]
+    one_x: int = SCHEDULES["1x"]  # iterations that --schedule counts in
+    tails: tuple = (60_000, 20_000)  # the last iterations, at reduced rates, *whatever the total*
+    decay: float = 0.1  # the factor at the beginning of each tail
+
+    # Sec. 4 "Hyper-parameters"
+    batch_size: int = 16  # images of all GPUs together, for which the numbers here hold
+    images_per_gpu: int = 2
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    bias_rate: float = 2.0  # biases and betas learn at twice the rate, without decay (Detectron)
+    warmup_iterations: int = 500  # linear, from a third of the rate (Detectron)
+    warmup_factor: float = 1 / 3
+    clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
+
+    # Images: shorter side (one of these is drawn for each image) and longest side allowed
+    min_sizes: tuple = (800,)
+    max_size: int = 1333
+    test_size: int = 800
+
+    # Running it
+    eval_every: int = 30_000
+    checkpoint_every: int = 2_500
+    log_every: int = 20
+
+    paper: str = ""  # the paper's AP, shown by --list
+
+
+# Every row states only what it changes.
+RECIPES = {
+    # The whole path in six minutes on two CPU cores: generated shapes, a narrow network, the same
+    # code. Rates and proportions of the tails are 6x's.
+    "toy": Recipe(
+        model={
+            "blocks": (1, 1, 1, 1),
+            "fpn_channels": 64,
+            "box_head_channels": 64,
+            "box_head_fc_channels": 256,
+            "mask_head_channels": 64,
+            "anchor_sizes": ((16,), (32,), (64,), (128,), (256,)),
+            "rpn_pre_nms_top_n_train": 500,
+            "rpn_post_nms_top_n_train": 250,
+            "rpn_pre_nms_top_n_test": 500,
+            "rpn_post_nms_top_n_test": 250,
+            "box_batch_size_per_image": 64,
+        },
+        iterations=660,
+        iterations_pretrained=220,
+        one_x=110,
+        tails=(150, 50),
+        batch_size=4,
+        images_per_gpu=4,
+        warmup_iterations=50,
+        min_sizes=(160,),
+        max_size=266,
+        test_size=160,
+        eval_every=330,
+        checkpoint_every=330,
+        log_every=10,
+        paper="(generated data)",
+    ),
+    # Table 1 and 2, Figures 1 and 3
+    "r50-gn": Recipe(paper="6x random 41.3 / 36.6; pre-trained 41.1 / 36.4"),
+    "r101-gn": Recipe(backbone="resnet101", paper="6x random 42.7 / 37.6; pre-trained 42.3 / 37.2"),
+    # Figure 4
+    "r50-syncbn": Recipe(norm="syncbn", paper="a curve, Figure 4"),
+}
+
+
+class UsageError(ValueError):
+    """The command line asks for something that cannot be; the message is one sentence."""
+
+
+def scale_to_batch(recipe, batch_size):
+    """The recipe for another batch size, by the linear scaling rule (Goyal et al., 2017).
+
+    The rate is multiplied by batch / recipe's batch, everything that is counted in iterations is
+    divided by it, so that the number of images seen stays the same; warm-up is lengthened for
+    smaller batches and kept for larger ones.
+    """
+    ratio = batch_size / recipe.batch_size
+
+    def scaled(iterations):
+        return max(1, round(iterations / ratio))
+
+    return dataclasses.replace(
+        recipe,
+        batch_size=batch_size,
+        learning_rate=recipe.learning_rate * ratio,
+        iterations=scaled(recipe.iterations),
+        tails=tuple(scaled(tail) for tail in recipe.tails),
+        warmup_iterations=max(recipe.warmup_iterations, scaled(recipe.warmup_iterations)),
+        eval_every=scaled(recipe.eval_every),
+        checkpoint_every=scaled(recipe.checkpoint_every),
+    )
+
+
+def check(recipe, from_random):
+    """Refuse what cannot work, before anything is run. Raises UsageError."""
+    if from_random and recipe.norm == "frozen_bn":
+        raise UsageError(
+            "Frozen BN cannot be trained from random weights: it applies the statistics of a "
+            "pre-trained model, which there is not (Sec. 3.1); use --norm gn or syncbn, or --init PATH."
+        )
+    if from_random and recipe.freeze_at > 0:
+        raise UsageError(
+            f"freeze_at {recipe.freeze_at} would keep the first layers at their random weights for "
+            "ever (Sec. 3.1; it costs Detectron 3.3 AP); use --freeze-at 0, or --init PATH."
+        )
+    if recipe.iterations < recipe.tails[0]:
+        raise UsageError(
+            f"{recipe.iterations:,} iterations are fewer than the tail of {recipe.tails[0]:,} that are "
+            "to run at the reduced learning rates; choose a longer schedule."
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning rate and optimizer
+# ------------------------------------------------------------------------------------------------
+
+
+def learning_rate(iteration, recipe):
+    """The rate of step `iteration` (from 0): linear warm-up, then constant, then the tails.
+
+    Sec. 4: "we always reduce the learning rate by 10x in the last 60k and last 20k iterations
+    respectively, no matter how many total iterations". 6x: 0.02 at 479,999 and 0.002 at 480,000.
+    """
+    rate = recipe.learning_rate
+    for tail in recipe.tails:
+        if recipe.iterations - iteration <= tail:
+            rate *= recipe.decay
+    if iteration < recipe.warmup_iterations:
+        progress = iteration / recipe.warmup_iterations
+        rate *= recipe.warmup_factor * (1 - progress) + progress
+    return rate
+
+
+def make_optimizer(model, recipe):
+    """SGD with Detectron's three groups of parameters; "rate" multiplies the learning rate.
+
+    weights: decayed. Gammas of norms: not decayed. Biases and betas: twice the rate, not decayed.
+    """
+    gammas = {m.weight for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm2d))}
+    weights, scales, biases = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith(".bias"):
+            biases.append(parameter)
+        else:
+            (scales if parameter in gammas else weights).append(parameter)
+    groups = [
+        {"params": weights, "rate": 1.0, "weight_decay": recipe.weight_decay},
+        {"params": scales, "rate": 1.0, "weight_decay": 0.0},
+        {"params": biases, "rate": recipe.bias_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints and the log
+# ------------------------------------------------------------------------------------------------
+
+
+def momentum_of(model, optimizer):
+    """SGD's momentum by parameter name."""
+    state = optimizer.state
+    return {
+        name: state[p]["momentum_buffer"]
+        for name, p in model.named_parameters()
+        if p in state and state[p].get("momentum_buffer") is not None
+    }
+
+
+def set_momentum(model, optimizer, momentum):
+    """The inverse of `momentum_of`; parameters that it does not name start without momentum."""
+    for name, parameter in model.named_parameters():
+        if name in momentum:
+            buffer = momentum[name].to(parameter.device, copy=True)
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def checkpoint_path(out, iteration):
+    return Path(out) / f"checkpoint_{iteration:07d}.pth"
+
+
+def checkpoints_in(out):
+    """Paths of the complete checkpoints of a run, oldest first."""
+    found = [p for p in Path(out).glob("checkpoint_*.pth") if re.fullmatch(r"checkpoint_\d+\.pth", p.name)]
+    return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
+
+
+def save_checkpoint(path, checkpoint):
+    """Write atomically: a file of that name is always complete, whatever dies at whatever moment."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the renaming itself, should the machine die
+    os.close(folder)
+
+
+class Log:
+    """OUT/log.jsonl: a line of JSON per logged step and per evaluation. Only rank 0 has one."""
+
+    def __init__(self, path, iteration):
+        """Keep the records that the checkpoint of `iteration` knows of; the others will come again:
+        those of later steps, and of an evaluation at `iteration`, which follows the checkpoint.
+        """
+        self.path = path
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+                record = json.loads(line)
+                if record["iteration"] < iteration + ("loss" in record):
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+
+    def write(self, record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """The run ends early and in order; the message says why. `code` is the exit code."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
+class StopRequest:
+    """SIGTERM and SIGINT as a flag that the loop reads; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.name = None
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, number, frame):
+        self.name = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def to_device(images, targets, device):
+    """A batch of the loader on the device; what is no tensor stays as it is."""
+    images = [image.to(device, non_blocking=True) for image in images]
+    targets = [
+        {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in target.items()}
+        for target in targets
+    ]
+    return images, targets
+
+
+def peak_memory(device):
+    """The largest memory use so far in MiB: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def make_datasets(recipe, root):
+    """Training and validation set below the folder `root`, in COCO's layout."""
+    root = Path(root)
+    kind = "person_keypoints" if recipe.keypoints else "instances"
+    return [
+        data.CocoDataset(
+            root / f"{split}2017",
+            root / "annotations" / f"{kind}_{split}2017.json",
+            training=split == "train",
+            masks=recipe.masks,
+            keypoints=bool(recipe.keypoints),
+        )
+        for split in ("train", "val")
+    ]
+
+
+def make_model(recipe, num_classes):
+    """The recipe's model with random weights (every process has seeded torch alike)."""
+    return detector.build_model(
+        recipe.backbone,
+        recipe.norm,
+        num_classes,
+        masks=recipe.masks,
+        keypoints=recipe.keypoints,
+        freeze_at=recipe.freeze_at,
+        **recipe.model,
+    )
+
+
+def print_header(recipe, run, model, train_set, val_set, world_size, device):
+    """What is going to happen, in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    start = "random weights" if run.init == "random" else run.init
+    frozen = f", first {recipe.freeze_at} stages frozen" if recipe.freeze_at else ""
+    print(f"{run.name}: {recipe.backbone} {recipe.norm}, {parameters:.1f} M parameters, from {start}{frozen}")
+    print(describe_schedule(recipe, run, world_size, len(train_set)))
+    print(
+        f"Data      {run.data}: {len(train_set):,} training images ({train_set.num_dropped:,} without a "
+        f"usable object left out), {len(train_set.classes)} classes, {len(val_set):,} validation images"
+    )
+    print(f"Device    {device}, torch {torch.__version__}, seed {run.seed}; everything goes to {run.out}")
+
+
+def describe_schedule(recipe, run, world_size, num_images):
+    """The plan as text: iterations, epochs, where the rate drops, the batch and how it was scaled."""
+    drops = [recipe.iterations - tail for tail in recipe.tails]
+    rates = ", ".join(f"{learning_rate(d, recipe):.3g} from {d:,}" for d in drops)
+    epochs = recipe.iterations * recipe.batch_size / num_images
+    own = RECIPES[run.name].batch_size
+    lines = [
+        f"Schedule  {recipe.iterations:,} iterations of {recipe.batch_size} images: {epochs:.1f} epochs of "
+        f"{num_images:,} images",
+        f"Rate      {recipe.learning_rate:.3g}, {rates}; linear warm-up over {recipe.warmup_iterations:,}",
+        f"Batch     {world_size} process{'es' if world_size > 1 else ''} x {recipe.images_per_gpu} images",
+    ]
+    if recipe.batch_size == own:
+        lines[-1] += ", the recipe's own batch"
+    else:
+        ratio = recipe.batch_size / own
+        lines[-1] += (
+            f": {ratio:g} of the recipe's {own}, so the rate is multiplied and the numbers of iterations "
+            f"are divided by {ratio:g}"
+        )
+    if run.stop is not None and run.stop < recipe.iterations:
+        lines.append(f"Stops     after iteration {run.stop:,} (--iterations), the schedule unchanged")
+    return "\n".join(lines)
+
+
+def wrap(model, device, world_size):
+    """DDP where there are several processes. Nothing is broadcast: all have the same weights."""
+    if world_size == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+class Alarm:
+    """What all processes must agree on after a step: is a loss not finite, is the run to stop.
+
+    The flags are read one step late, when they have long arrived: waiting for them at once would
+    leave a GPU idle. Nothing is saved before they are read.
+    """
+
+    def __init__(self):
+        self.flags = None
+
+    def set(self, iteration, losses, total, targets, stop_requested, world_size):
+        finite = torch.isfinite(total.detach())
+        self.flags = torch.stack([~finite, torch.full_like(finite, stop_requested)]).float()
+        self.own_finite = finite
+        self.step = iteration, {k: v.detach() for k, v in losses.items()}, targets
+        if world_size > 1:
+            dist.all_reduce(self.flags, op=dist.ReduceOp.MAX)
+
+    def read(self):
+        """Whether to stop; raises Stopped if a loss of the step was not finite on any process."""
+        if self.flags is None:
+            return False
+        not_finite, stop = self.flags.tolist()
+        if not_finite and not self.own_finite:
+            iteration, losses, targets = self.step
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+            ids = ", ".join(str(target.get("image_id")) for target in targets)
+            raise Stopped(
+                f"The loss of step {iteration} is not finite ({values}) on images {ids}; the last "
+                "checkpoint is from before; look at these images, or lower the learning rate.", code=1
+            )  # fmt: skip
+        if not_finite:
+            raise Stopped("Another process met a loss that is not finite.", code=1)
+        return bool(stop)
+
+
+def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
+    """Train by `recipe`, which is scaled to the batch already; returns the final metrics.
+
+    run: the command line's settings (name, data, out, init, resume, seed, workers, stop). Raises
+    data.DataError, model.WeightsError, UsageError and Stopped, each with a sentence for the user.
+    """
+    main = rank == 0
+    out = Path(run.out)
+    torch.manual_seed(run.seed)  # the same initial weights on every process
+
+    train_set, val_set = make_datasets(recipe, run.data)
+    model = make_model(recipe, len(train_set.classes))
+    model.data_settings = {
+        "min_size": recipe.test_size,
+        "max_size": recipe.max_size,
+        "classes": train_set.classes,
+        "category_ids": train_set.category_ids,
+    }
+    iteration = 0
+    if run.resume:
+        iteration = run.resume["iteration"]
+        detector.fill(model, run.resume["model"], [], run.resume["path"], verbose=False)
+    elif run.init != "random":
+        detector.load_weights(model, run.init, verbose=main)
+    model.to(device).train()
+    optimizer = make_optimizer(model, recipe)
+    if run.resume:
+        set_momentum(model, optimizer, run.resume["momentum"])
+    ddp = wrap(model, device, world_size)
+
+    last = recipe.iterations if run.stop is None else min(run.stop, recipe.iterations)
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        log = Log(out / "log.jsonl", iteration)
+        print_header(recipe, run, model, train_set, val_set, world_size, device)
+    loader = data.training_loader(
+        train_set,
+        recipe.images_per_gpu,
+        run.seed,
+        rank,
+        world_size,
+        run.workers,
+        start_iteration=iteration,
+        min_sizes=recipe.min_sizes,
+        max_size=recipe.max_size,
+    )
+
+    def save():
+        checkpoint = {
+            "model_config": model.config,
+            "model": model.state_dict(),
+            "momentum": momentum_of(model, optimizer),
+            "data": model.data_settings,
+            "recipe": run.recipe | {"name": run.name},
+            "iteration": iteration,
+            "batch_size": recipe.batch_size,
+            "world_size": world_size,
+            "seed": run.seed,
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+        }
+        save_checkpoint(checkpoint_path(out, iteration), checkpoint)
+        milestones = {recipe.iterations - tail for tail in recipe.tails} | {last}
+        for path in checkpoints_in(out)[:-2]:
+            if int(path.stem.split("_")[1]) not in milestones:
+                path.unlink()
+
+    def evaluate_now():
+        metrics = evaluate.evaluate(
+            model, val_set, out, rank, world_size, workers=run.workers, progress=main
+        )
+        model.train()
+        if main:
+            log.write({"iteration": iteration, **metrics})
+            for kind, values in metrics.items():
+                values = "  ".join(f"{k} {v:.1f}" for k, v in values.items() if v is not None)
+                tqdm.write(f"iteration {iteration:,}  {kind}: {values}")
+        return metrics
+
+    stop_request = StopRequest()
+    alarm = Alarm()
+    metrics = None
+    bar = tqdm(total=last, initial=iteration, disable=not main, unit="it", dynamic_ncols=True)
+    logged_at, logged_time = iteration, time.perf_counter()
+    while True:
+        if iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last):
+            metrics = evaluate_now()
+            logged_at, logged_time = iteration, time.perf_counter()
+        if iteration >= last:
+            break
+
+        rate = learning_rate(iteration, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        images, targets = to_device(*next(loader), device)
+        losses = ddp(images, targets)
+        total = sum(losses.values())
+        stop = alarm.read()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if recipe.clip_gradient > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
+        optimizer.step()
+        alarm.set(iteration, losses, total, targets, stop_request.name is not None, world_size)
+        iteration += 1
+        bar.update()
+
+        if iteration % recipe.log_every == 0 or iteration == last:
+            values = torch.stack([total.detach(), *(v.detach() for v in losses.values())])
+            if world_size > 1:
+                dist.all_reduce(values)
+                values /= world_size
+            names = ["loss", *losses]
+            values = {name: round(v, 6) for name, v in zip(names, values.tolist())}
+            now = time.perf_counter()
+            speed = (iteration - logged_at) * recipe.batch_size / (now - logged_time)
+            logged_at, logged_time = iteration, now
+            if main:
+                memory = peak_memory(device)
+                record = {"iteration": iteration, "lr": rate, **values}
+                log.write(record | {"images_per_second": round(speed, 3), "peak_memory_mb": memory})
+                bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
+
+        milestone = recipe.iterations - iteration in recipe.tails
+        if stop or milestone or iteration % recipe.checkpoint_every == 0 or iteration == last:
+            alarm.read()
+            if main:
+                save()
+        if stop:
+            bar.close()
+            name = stop_request.name or "another process's signal"
+            raise Stopped(f"Stopped by {name} after step {iteration:,}; --resume continues.", code=0)
+    bar.close()
+    if main:
+        pictures = evaluate.save_pictures(model, val_set, out / "pictures", count=8)
+        print()
+        print(evaluate.format_table(metrics))
+        print(f"\nWeights:  {checkpoint_path(out, iteration)}")
+        print(f"Log:      {out / 'log.jsonl'}")
+        print(f"Pictures: {out / 'pictures'}")
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        description="Train Mask R-CNN from random weights. Without arguments: the recipe toy, on data "
+        "that is generated first. Under torchrun: on all the processes that it starts.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--recipe", default="toy", metavar="R", help="which experiment; --list shows them")
+    add("--schedule", metavar="Nx", help="length in units of 90k iterations, 1x to 11x (default: the recipe's)")
+    add("--data", metavar="DIR", help="folder in COCO's layout: annotations/instances_train2017.json, "
+        "train2017/, ... (default: generated data, for the toy recipes)")  # fmt: skip
+    add("--out", metavar="DIR", help="folder for checkpoints, log and pictures (default: runs/RECIPE)")
+    add("--init", default="random", metavar="random|PATH", help="random weights, or a file of weights to fine-tune")
+    add("--norm", choices=["gn", "syncbn", "bn", "frozen_bn"], help="another normalization than the recipe's")
+    add("--freeze-at", type=int, metavar="N", help="train nothing in the first N of stem, res2, res3, ... "
+        "(default: 0 from random weights, 2 when fine-tuning)")  # fmt: skip
+    add("--images-per-gpu", type=positive, metavar="N", help="images per process; the rate and the schedule are "
+        "scaled with the batch (default: the recipe's, 2 on COCO)")  # fmt: skip
+    add("--iterations", type=positive, metavar="N", help="stop after N; never changes the schedule")
+    add("--eval-every", type=positive, metavar="N", help="iterations between evaluations (default: the recipe's)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that load images, for each GPU")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, order of images, flips, sampling")
+    add("--device", metavar="D", help="cuda or cpu (default: cuda if there is one)")
+    add("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
+    add("--list", action="store_true", help="show the recipes with the paper's AP, and exit")
+    add("--dry-run", action="store_true", help="show the plan, and exit; needs no data")
+    args = parser.parse_args(arguments)
+    if args.recipe not in RECIPES:
+        parser.error(f"unknown recipe {args.recipe!r}; choose one of {', '.join(RECIPES)}")
+    if args.schedule is not None and args.schedule not in SCHEDULES:
+        parser.error(f"unknown schedule {args.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if args.workers < 0:
+        parser.error("--workers must be 0 or more")
+    return args
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return value
+
+
+def make_recipe(args):
+    """The recipe with what the command line changes in it, for the recipe's own batch size."""
+    recipe = RECIPES[args.recipe]
+    changes = {}
+    if args.init != "random":
+        changes["iterations"] = recipe.iterations_pretrained
+        changes["freeze_at"] = recipe.freeze_at_pretrained
+    if args.schedule:
+        changes["iterations"] = SCHEDULES[args.schedule] // SCHEDULES["1x"] * recipe.one_x
+    if args.norm:
+        changes["norm"] = args.norm
+    if args.freeze_at is not None:
+        changes["freeze_at"] = args.freeze_at
+    if args.images_per_gpu:
+        changes["images_per_gpu"] = args.images_per_gpu
+    return dataclasses.replace(recipe, **changes)
+
+
+def start_processes(args):
+    """Rank, world size and device of this process; several where torchrun started it."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        raise UsageError(f"Unknown device {kind!r}; use cuda or cpu.") from None
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(
+            f"Device {kind!r} is not supported (torchvision's NMS and RoIAlign in float64 are missing "
+            "there); use cuda or cpu."
+        )
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("There is no CUDA device here; use --device cpu.")
+        index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def run_command(args):
+    recipe = make_recipe(args)
+    check(recipe, from_random=args.init == "random")
+    args.name, args.stop = args.recipe, args.iterations
+    args.out = args.out or f"runs/{args.recipe}"
+    if args.dry_run:
+        world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
+        scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
+        print(describe_schedule(scaled, args, world_size, 117_266))
+        return
+
+    rank, world_size, device = start_processes(args)
+    args.recipe = dataclasses.asdict(recipe)
+    recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
+    if args.eval_every:
+        recipe = dataclasses.replace(recipe, eval_every=args.eval_every)
+
+    found = checkpoints_in(args.out)
+    if found and not args.resume:
+        raise UsageError(f"{args.out} holds a run already ({found[-1].name}); give --resume to continue it, "
+                         "or another --out.")  # fmt: skip
+    args.resume = read_checkpoint(found[-1], args, recipe, world_size) if found else None
+    if args.data is None:
+        if not args.name.startswith("toy"):
+            raise UsageError(f"The recipe {args.name} needs --data DIR, a folder in COCO's layout.")
+        args.data = "toy_coco"
+        if rank == 0:
+            data.make_toy_coco(args.data)
+        if world_size > 1:
+            dist.barrier()
+    train(recipe, args, rank, world_size, device)
+
+
+def read_checkpoint(path, args, recipe, world_size):
+    """The checkpoint to resume from. Raises UsageError if it is one of another run."""
+    _, kind, checkpoint = detector.read_weights(path)
+    if kind != "own":
+        raise detector.WeightsError(f"{path} is not a checkpoint of train.py.")
+    theirs = checkpoint["recipe"]
+    ours = args.recipe | {"name": args.name}
+    differ = [k for k in ours if json.dumps(theirs.get(k)) != json.dumps(ours[k])]
+    if checkpoint["seed"] != args.seed:
+        differ.append("seed")
+    if differ:
+        raise UsageError(f"{path} is a checkpoint of another run: {', '.join(differ)} differ; give the same "
+                         "arguments, or another --out.")  # fmt: skip
+    return checkpoint | {"path": path}
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    if args.list:
+        for name, recipe in RECIPES.items():
+            print(f"{name:24} {recipe.iterations:>9,} iterations   {recipe.paper}")
+        return 0
+    try:
+        run_command(args)
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.code
+    except UsageError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (data.DataError, detector.WeightsError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
