@@ -13,8 +13,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ KEYPOINT_NAMES = [
     "left_knee", "right_knee", "left_ankle", "right_ankle",
 ]
 
-# KEYPOINT_FLIP[k] is the keypoint that k turns into in a mirror image: left and right change places.
+# KEYPOINT_FLIP[k] is what keypoint k turns into in a mirror image: left and right change places.
 KEYPOINT_FLIP = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
 
 
@@ -64,8 +66,8 @@ def resize_shape(height, width, min_size, max_size):
 def resize_image(image, height, width):
     """Bilinear resize, antialiased when it shrinks: uint8 [3, H, W] -> uint8 [3, height, width].
 
-    Of the ways to do this (PIL, torch on floats, torch on bytes) torch on bytes is the fastest: 3 ms
-    for 480x640 to 800x1067 on one core, against PIL's 8 ms, and it is within one grey level of PIL.
+    torch does this on bytes within one grey level of PIL, and faster: 480x640 to 800x1067 takes
+    3 ms on one core, against PIL's 8 ms.
     """
     if image.shape[1:] == (height, width):
         return image
@@ -74,7 +76,7 @@ def resize_image(image, height, width):
 
 
 def resize_boxes(boxes, old_size, new_size, flip):
-    """Boxes [N, 4] xyxy of an image of old_size (H, W), mirrored if flip, then resized to new_size."""
+    """Boxes [N, 4] xyxy of an image of old_size (H, W), mirrored if flip, resized to new_size."""
     if flip:
         x1, y1, x2, y2 = boxes.unbind(1)
         boxes = torch.stack([old_size[1] - x2, y1, old_size[1] - x1, y2], dim=1)
@@ -90,15 +92,16 @@ def resize_keypoints(keypoints, old_size, new_size, flip):
         x = old_size[1] - x
     x = x * (new_size[1] / old_size[1])
     y = y * (new_size[0] / old_size[0])
-    keypoints = torch.stack([x, y, v], dim=2) * (v > 0)[:, :, None]  # unlabelled ones stay (0, 0, 0)
+    keypoints = torch.stack([x, y, v], dim=2)
+    keypoints[v == 0] = 0  # unlabelled ones stay (0, 0, 0)
     return keypoints[:, KEYPOINT_FLIP] if flip else keypoints
 
 
 def paint_polygons(mask, polygons, scale_x, scale_y, flip):
     """Fills the union of polygons into mask (a zero uint8 array [h, w]), scaled and mirrored first.
 
-    Rasterizing at the target's resolution keeps the edges sharp. Only the crop around the object is
-    rasterized (the shift is by whole pixels and changes nothing), for most of an image is not object.
+    Rasterizing at the target's resolution keeps the edges sharp. Only a crop around the object is
+    rasterized, for speed: most of an image is not object. The result is the whole image's.
     """
     height, width = mask.shape
     points = [polygon.reshape(-1, 2) * (scale_x, scale_y) for polygon in polygons]
@@ -109,7 +112,7 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
     x2, y2 = np.clip(np.ceil(everything.max(0)) + 1, 0, (width, height)).astype(int).tolist()
     if x1 >= x2 or y1 >= y2:
         return
-    # pycocotools rounds to fifths of a pixel; 1e-9 lets ties fall upwards as they do without a shift.
+    # pycocotools rounds to fifths of a pixel; with 1e-9, ties fall as they do without the shift.
     parts = [(polygon - (x1, y1) + 1e-9).ravel() for polygon in points]
     rles = coco_mask.frPyObjects(parts, y2 - y1, x2 - x1)
     mask[y1:y2, x1:x2] = coco_mask.decode(coco_mask.merge(rles))
@@ -118,8 +121,8 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
 def paint_rle(mask, rle, flip):
     """Copies an RLE of another size into mask (a zero uint8 array [h, w]), mirrored if flip.
 
-    A target pixel takes the source pixel under its centre ("nearest-exact"), so that every edge stays
-    within half a pixel of where the box's edge goes.
+    A target pixel takes the source pixel under its centre ("nearest-exact"), so that every edge
+    stays within half a pixel of where the box's edge goes.
     """
     source = torch.from_numpy(coco_mask.decode(rle))
     if flip:
@@ -139,7 +142,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 def image_path(image_dir, file_name, image_id=None):
-    """The path of file_name in image_dir; DataError if it leaves that folder (by .., /, or a link)."""
+    """The path of file_name in image_dir; DataError if it leaves that folder, be it by a link."""
     root = os.path.realpath(image_dir)
     try:
         path = os.path.realpath(os.path.join(root, file_name))
@@ -305,7 +308,7 @@ def _by_id(entries, kind, annotation_file):
 
 
 def parse_segmentation(segmentation, height, width, where):
-    """Checks a COCO segmentation -> a list of polygons (float64 arrays x, y, x, y, ...) or an RLE dict.
+    """Checks a COCO segmentation -> polygons (a list of float64 arrays x, y, x, y, ...) or an RLE.
 
     height, width: of the image, which an RLE must cover. Checked with care, because pycocotools
     trusts what it is given and writes out of bounds if that is wrong.
@@ -357,21 +360,52 @@ def _decode_counts(text):
     return counts if shift == 0 else None
 
 
+def image_seed(seed, iteration, position):
+    """The seed of one image of the batch: a hash, int in [0, 2**63).
+
+    position: of the image in the whole batch, rank * images_per_gpu + j. SplitMix64's mixing
+    function (Steele et al., 2014), applied to one number after the other.
+    """
+    value = 0
+    for number in (seed, iteration, position):
+        value = (value + number + 0x9E3779B97F4A7C15) % 2**64
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+        value ^= value >> 31
+    return value >> 1
+
+
+def choose_subset(image_ids, count):
+    """`count` of the image ids, in their order: those whose hash (seed 0) is smallest.
+
+    A function of the ids alone, the same on every machine, and nested: the 1k images are among the
+    3.5k. Raises DataError if there are fewer.
+    """
+    image_ids = list(image_ids)
+    if len(image_ids) < count:
+        raise DataError(f"A subset of {count:,} images is asked for, but there are {len(image_ids):,} with "
+                        f"usable objects; choose a smaller one.")
+    chosen = set(sorted(image_ids, key=lambda image_id: image_seed(0, image_id, 0))[:count])
+    return [image_id for image_id in image_ids if image_id in chosen]
+
+
 class CocoDataset(Dataset):
     """Images and objects of a COCO annotation file; dataset[i] -> (image, target) at full size.
 
     image: uint8 [3, H, W] RGB. target: `image_id` int; `boxes` [N, 4] float32 xyxy in pixels,
     clipped to the image; `labels` [N] int64, k meaning classes[k - 1] (0 is background); `iscrowd`
-    [N] bool; `masks` [N, H, W] uint8 if masks; `keypoints` [N, 17, 3] float32 (x, y, v) if keypoints.
-    COCO's keypoints are the indices of pixels: half a pixel is added to make them coordinates.
+    [N] bool; with masks, `masks` [N, H, W] uint8; with keypoints, `keypoints` [N, 17, 3] float32
+    (x, y, v). COCO's keypoints are indices of pixels: half a pixel makes them coordinates.
 
     training leaves out crowds, boxes without area, and images in which nothing (keypoints: no
     labelled keypoint) remains, `num_dropped` in number. keypoints: only the category "person".
+    subset: keep that many images only (Sec. 5.2), see `choose_subset`.
 
     DataError (here or at dataset[i]) for any problem in the files.
     """
 
-    def __init__(self, image_dir, annotation_file, training=False, masks=True, keypoints=False):
+    def __init__(self, image_dir, annotation_file, training=False, masks=True, keypoints=False,
+                 subset=None):
         if not os.path.isdir(image_dir):
             raise DataError(f"Image folder {image_dir} does not exist; check the data folder.")
         self.image_dir = os.fspath(image_dir)
@@ -388,9 +422,7 @@ class CocoDataset(Dataset):
         self.classes = [category["name"] for category in categories]
         labels = {category_id: k for k, category_id in enumerate(self.category_ids, start=1)}
 
-        self.image_ids = []
-        sizes = []
-        records = []
+        records = {}
         for image_id in sorted(coco.imgs):
             image = coco.imgs[image_id]
             objects = [self._object(annotation, labels[annotation["category_id"]])
@@ -400,15 +432,21 @@ class CocoDataset(Dataset):
                 objects = [o for o in objects if _is_usable(o, image["width"], image["height"])]
                 if not objects or (keypoints and not any(any(o["v"]) for o in objects)):
                     continue
-            self.image_ids.append(image_id)
-            sizes.append((image["width"], image["height"]))
-            record = {"file_name": image["file_name"], "objects": objects}
-            records.append(json.dumps(record).encode())
-        self.num_dropped = len(coco.imgs) - len(self.image_ids)
+            records[image_id] = {"file_name": image["file_name"], "objects": objects,
+                                 "size": (image["width"], image["height"])}
+        self.num_dropped = len(coco.imgs) - len(records)
+        self._store(records, subset)
+
+    def _store(self, records, subset=None):
+        """Keep the records: {image id: {"file_name", "size": (w, h), "objects"}}."""
         if not records:
-            raise DataError(f"{annotation_file} has no image {'to train on' if training else ''}; "
-                            f"choose another file.")
-        self.widths, self.heights = np.array(sizes).T
+            raise DataError(f"{self.annotation_file} has no image "
+                            f"{'to train on' if self.training else ''}; choose another file.")
+        self.image_ids = list(records) if subset is None else choose_subset(records, subset)
+        records = [records[image_id] for image_id in self.image_ids]
+        self.widths, self.heights = np.array([record["size"] for record in records]).T
+        self.num_objects = sum(len(record["objects"]) for record in records)
+        records = [json.dumps(record).encode() for record in records]
         # One flat tensor instead of millions of Python objects: workers share its memory, whether
         # forked (a Python object would be copied as soon as its reference count changes) or spawned.
         self._offsets = torch.tensor([0] + [len(record) for record in records]).cumsum(0)
@@ -441,10 +479,13 @@ class CocoDataset(Dataset):
     def __getitem__(self, index):
         return self.load(index)
 
-    def load(self, index, min_size=None, max_size=None, flip=False):
-        """dataset[index], resized to (min_size, max_size) if given, mirrored left to right if flip."""
+    def _record(self, index):
         start, end = self._offsets[index].item(), self._offsets[index + 1].item()
-        record = json.loads(self._records[start:end].numpy().tobytes())
+        return json.loads(self._records[start:end].numpy().tobytes())
+
+    def load(self, index, min_size=None, max_size=None, flip=False):
+        """dataset[index], mirrored if flip, resized to (min_size, max_size) if given."""
+        record = self._record(index)
         objects = record["objects"]
         image_id = self.image_ids[index]
         old_size = int(self.heights[index]), int(self.widths[index])
@@ -515,28 +556,115 @@ def _is_usable(o, width, height):
 
 
 # ------------------------------------------------------------------------------------------------
+# PASCAL VOC (Sec. 5.2)
+# ------------------------------------------------------------------------------------------------
+
+VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+               "train", "tvmonitor"]
+
+
+class VocDataset(CocoDataset):
+    """PASCAL VOC's devkit as it unpacks; the same pairs as CocoDataset, boxes only.
+
+    root: the folder with VOC2007/ and VOC2012/, or with VOCdevkit/. splits: (folder, list of
+    ImageSets/Main), e.g. [("VOC2007", "trainval"), ("VOC2012", "train")]. VOC counts pixels from 1
+    and includes the last one: (xmin - 1, ymin - 1, xmax, ymax) here. "Difficult" objects are not
+    trained on, and count for nothing in the evaluation, as VOC's protocol has it. An image's id is
+    its name as a number (2008_000002: 2008000002).
+
+    DataError for a missing or malformed file.
+    """
+
+    def __init__(self, root, splits, training=False):
+        root = os.fspath(root)
+        if os.path.isdir(os.path.join(root, "VOCdevkit")):
+            root = os.path.join(root, "VOCdevkit")
+        self.image_dir = self.annotation_file = root
+        self.training = training
+        self.masks = self.keypoints = False
+        self.classes = VOC_CLASSES
+        self.category_ids = list(range(1, len(VOC_CLASSES) + 1))
+        records = {}
+        listed_images = 0
+        for folder, split in splits:
+            listed = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
+            try:
+                with open(listed) as file:
+                    names = file.read().split()
+            except OSError:
+                raise DataError(f"{listed} cannot be read; unpack VOC's devkit into {root}.") from None
+            listed_images += len(names)
+            for name in names:
+                path = os.path.join(root, folder, "Annotations", f"{name}.xml")
+                record = read_voc(path)
+                record["file_name"] = f"{folder}/JPEGImages/{name}.jpg"
+                if training:
+                    record["objects"] = [o for o in record["objects"]
+                                         if not o["difficult"] and _is_usable(o, *record["size"])]
+                if record["objects"] or not training:
+                    records[int(name.replace("_", ""))] = record
+        self.num_dropped = listed_images - len(records)
+        self._store(records)
+
+    def voc_truths(self):
+        """{category id: {image id: (boxes [N, 4] float64 xyxy, difficult [N] bool)}}, for the metric."""
+        truths = {category: {} for category in self.category_ids}
+        for index, image_id in enumerate(self.image_ids):
+            objects = self._record(index)["objects"]
+            for category in {o["label"] for o in objects}:
+                chosen = [o for o in objects if o["label"] == category]
+                boxes = np.array([o["bbox"] for o in chosen], dtype=np.float64)
+                boxes[:, 2:] += boxes[:, :2]
+                truths[category][image_id] = boxes, np.array([o["difficult"] for o in chosen], dtype=bool)
+        return truths
+
+
+def read_voc(path):
+    """One XML file of VOC: {"size": (w, h), "objects": [{"id", "label", "bbox", ...}]}."""
+    try:
+        tree = ElementTree.parse(path).getroot()
+        size = tuple(int(tree.find("size").find(side).text) for side in ("width", "height"))
+        objects = []
+        for i, entry in enumerate(tree.iter("object")):
+            name = entry.find("name").text.strip()
+            if name not in VOC_CLASSES:
+                raise DataError(f"{path}: object {i} is a {name!r}, which is no class of VOC.")
+            corners = [float(entry.find("bndbox").find(c).text) for c in ("xmin", "ymin", "xmax", "ymax")]
+            x1, y1, x2, y2 = corners[0] - 1, corners[1] - 1, corners[2], corners[3]
+            difficult = entry.find("difficult")
+            objects.append({
+                "id": i, "label": VOC_CLASSES.index(name) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "iscrowd": 0, "difficult": difficult is not None and difficult.text.strip() == "1",
+            })
+    except OSError:
+        raise DataError(f"{path} cannot be read; unpack VOC's devkit whole.") from None
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is no annotation of VOC ({error}).") from None
+    return {"size": size, "objects": objects}
+
+
+def average_sample(dataset, min_sizes, max_size):
+    """What Figure 2 counts: objects an image, and pixels of an image as the loader makes it."""
+    pixels = [
+        h * w
+        for min_size in min_sizes
+        for h, w in (resize_shape(*hw, min_size, max_size)
+                     for hw in zip(dataset.heights.tolist(), dataset.widths.tolist()))
+    ]
+    return dataset.num_objects / len(dataset), sum(pixels) / len(pixels)
+
+
+# ------------------------------------------------------------------------------------------------
 # Sampler and loader: which image comes when, and how it is changed, is a function of
 # (seed, iteration, position in the batch), never the state of a generator. So a run can be resumed
 # at any iteration, with any number of workers, and sees the same images.
 # ------------------------------------------------------------------------------------------------
 
-def image_seed(seed, iteration, position):
-    """The seed of one image of the batch: a hash, int in [0, 2**63).
-
-    position: of the image in the whole batch, rank * images_per_gpu + j. SplitMix64's mixing
-    function (Steele et al., 2014), applied to one number after the other.
-    """
-    value = 0
-    for number in (seed, iteration, position):
-        value = (value + number + 0x9E3779B97F4A7C15) % 2**64
-        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
-        value ^= value >> 31
-    return value >> 1
-
-
 class TrainingSet(Dataset):
-    """A dataset as it is trained on: training_set[index, seed] -> (image, target), resized, flipped.
+    """A dataset as it is trained on: training_set[index, seed] -> (image, target), transformed.
 
     The shorter side is drawn from min_sizes (scale jitter: several), the mirror image with
     probability 1/2, both by the image's seed, which goes along as target["seed"].
@@ -561,12 +689,12 @@ class TrainingSet(Dataset):
 
 
 class BatchSampler(Sampler):
-    """Yields without end, for each iteration, this process's share of the batch: [(index, seed), ...].
+    """Yields without end this process's share of each batch: [(index, image seed), ...].
 
-    Images are put in groups of images_per_gpu of one orientation (w >= h or not; less padding), as in
-    Detectron, in a new order every epoch. An epoch shows every image once; the last group of an
-    orientation is topped up with images from its beginning. The groups of all epochs form one stream,
-    of which iteration i takes the next world_size groups, one for each rank.
+    Images form groups of images_per_gpu of one orientation (w >= h or not: less padding), as in
+    Detectron, new ones every epoch. An epoch shows every image once; an orientation's last group is
+    topped up with images from its first. The groups of all epochs are one stream, of which every
+    iteration takes the next world_size groups, one for each rank.
 
     first_image: the place in that stream, in images, at which start_iteration begins. By default
     where the iterations before it have ended; to resume with another batch size, say it.
@@ -634,6 +762,12 @@ def _unchanged(batch):
     return batch
 
 
+def leave_signals(_):
+    """In a worker: SIGINT and SIGTERM, which also reach it, are the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def training_loader(dataset, images_per_gpu, seed=0, rank=0, world_size=1, workers=2,
                     start_iteration=0, min_sizes=(800,), max_size=1333, first_image=None,
                     start_method=None):
@@ -652,6 +786,7 @@ def training_loader(dataset, images_per_gpu, seed=0, rank=0, world_size=1, worke
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=start_method if workers else None,
+        worker_init_fn=leave_signals if workers else None,
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -666,9 +801,9 @@ def training_loader(dataset, images_per_gpu, seed=0, rank=0, world_size=1, worke
 # Classes differ in shape alone; the ids have gaps, as COCO's own.
 TOY_CATEGORIES = {1: "person", 3: "disk", 4: "square", 8: "triangle", 11: "star"}
 TOY_SIZES = [(160, 128), (128, 160), (176, 144), (144, 176), (168, 136), (136, 168)]  # (w, h)
-TOY_VERSION = 1
+TOY_VERSION = 2  # counts changes of the pictures, so that older ones are not reused
 SUPERSAMPLING = 3
-LEAST_VISIBLE = 0.6  # of an object, however many lie on top of it
+LEAST_VISIBLE = 0.7  # of an object, however many lie on top of it
 
 COCO_SKELETON = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8],
                  [7, 9], [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]
@@ -780,7 +915,7 @@ def _place(rng, canvas, placed, category_id, size):
     for _ in range(50):
         center = rng.uniform((0, 0), (width, height))
         inside = np.minimum(high + center, (width, height)) - np.maximum(low + center, 0)
-        if inside.prod() < 0.75 * (high - low).prod():
+        if inside.prod() < 0.85 * (high - low).prod():
             continue
         polygons = [(polygon + center).round(2) for polygon in shape]
         mask = _mask_of(polygons, height, width)
@@ -850,25 +985,24 @@ def _annotation(o):
 
 
 def _toy_shape(rng, category_id, size):
-    """A shape around (0, 0), about size pixels long, turned at random.
+    """A shape around (0, 0), about size pixels long, upright but for up to 20 degrees.
 
     -> (polygons, each [K, 2], of which it is the union; joints [17, 2] of a figure, or None).
     """
     name = TOY_CATEGORIES[category_id]
-    angle = rng.uniform(0, 2 * math.pi)
+    angle = rng.uniform(-0.35, 0.35)
     joints = None
     if name == "person":
         polygons, joints = _toy_figure(rng)
-        angle = rng.uniform(-0.35, 0.35)  # upright, more or less
     elif name == "disk":
         polygons = [_circle(40) * (0.5, rng.uniform(0.42, 0.5))]
     elif name == "square":
         polygons = [np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
-                    * (1, rng.uniform(0.75, 1))]
+                    * (1, rng.uniform(0.85, 1))]
     elif name == "triangle":
-        polygons = [_circle(3) * (0.6, 0.6 * rng.uniform(0.85, 1.1))]
+        polygons = [_circle(3)[:, ::-1] * (0.6 * rng.uniform(0.85, 1.1), -0.6)]  # point up
     else:
-        polygons = [_circle(10) * np.tile([0.56, rng.uniform(0.22, 0.26)], 5)[:, None]]
+        polygons = [_circle(10)[:, ::-1] * np.tile([-0.56, -rng.uniform(0.22, 0.26)], 5)[:, None]]
     cos, sin = size * math.cos(angle), size * math.sin(angle)
     turn = np.array([[cos, sin], [-sin, cos]])
     return [polygon @ turn for polygon in polygons], None if joints is None else joints @ turn
@@ -924,7 +1058,7 @@ def _bar(start, end, radius):
 
 
 def _paint(rng, canvas, polygons, mask):
-    """Draws polygons into canvas (float32 [h, w, 3]), in a texture unlike what mask covers there."""
+    """Draws polygons into canvas (float32 [h, w, 3]), in a colour unlike what mask covers there."""
     height, width = mask.shape
     corners = np.concatenate(polygons)
     x1, y1 = np.floor(corners.min(0)).clip(0).astype(int).tolist()
@@ -932,8 +1066,8 @@ def _paint(rng, canvas, polygons, mask):
     crop = canvas[y1:y2, x1:x2]
 
     below = canvas[mask].mean(0)
-    color = max(rng.uniform(20, 235, (4, 3)), key=lambda other: np.abs(other - below).sum())
-    texture = _toy_texture(rng, y2 - y1, x2 - x1, color, color + rng.normal(0, 30, 3))
+    color = max(rng.uniform(20, 235, (6, 3)), key=lambda other: np.abs(other - below).sum())
+    texture = _toy_texture(rng, y2 - y1, x2 - x1, color, color + rng.normal(0, 15, 3))
     large = ((x2 - x1) * SUPERSAMPLING, (y2 - y1) * SUPERSAMPLING)
     cover = Image.new("L", large)
     shade = Image.new("L", large, 255)
@@ -976,13 +1110,13 @@ def _noise(rng, height, width, cells):
 def _toy_background(rng, height, width):
     """A texture, cluttered with blotches and strokes of every colour: float32 [h, w, 3]."""
     color, blotch = rng.uniform(20, 235, (2, 3))
-    canvas = _toy_texture(rng, height, width, color, color + rng.normal(0, 35, 3))
+    canvas = _toy_texture(rng, height, width, color, color + rng.normal(0, 20, 3))
     weight = rng.uniform(0.3, 0.9) * _noise(rng, height, width, rng.integers(3, 8))[:, :, None]
     canvas = canvas + weight * (blotch - canvas)
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    for _ in range(int(rng.integers(8, 25))):
+    for _ in range(int(rng.integers(6, 17))):
         steps = rng.normal(0, rng.uniform(4, 16), (int(rng.integers(2, 7)), 2))
         points = rng.uniform((0, 0), (width, height)) + steps.cumsum(0)
-        ImageDraw.Draw(picture).line(points.ravel().tolist(), width=int(rng.integers(1, 4)),
+        ImageDraw.Draw(picture).line(points.ravel().tolist(), width=int(rng.integers(1, 3)),
                                      fill=tuple(rng.integers(0, 256, 3).tolist()))
     return np.array(picture, dtype=np.float32)

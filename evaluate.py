@@ -1,11 +1,11 @@
 """Prediction on images, COCO and VOC metrics, pictures and curves: the evaluation of Mask R-CNN.
 
-    python evaluate.py --weights runs/toy/last.pt --data DIR       COCO's metrics on a data set
-    python evaluate.py --weights runs/toy/last.pt --images a.jpg   detections drawn into pictures
-    python evaluate.py --plot runs/a runs/b --out figure.png       curves as in the paper's figures
+    python evaluate.py --weights FILE --data DIR                COCO's metrics on a data set
+    python evaluate.py --weights FILE --images a.jpg FOLDER     detections drawn into pictures
+    python evaluate.py --plot runs/a runs/b --out figure.png    curves as in the paper's figures
 
-From the top: one image (masks pasted, `predict`), test-time augmentation (Fig. 5, "+ test aug"),
-metrics over all processes (`evaluate`), pictures, curves, command line.
+From the top: masks and boxes back in the image, test-time augmentation (Fig. 5, "+ test aug"),
+`predict` for one image, metrics over all processes (`evaluate`), pictures, curves, command line.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,7 @@ from torchvision import utils as drawing
 from tqdm import tqdm
 
 import data
-import model as models
-
-# What the network looks at: an image resized to `height` x `width` pixels, maybe mirrored. `scale`
-# is the shorter side that was asked for (the real one is smaller where the longer is limited).
-View = collections.namedtuple("View", "height width flipped scale", defaults=(False, None))
+import model as detector
 
 # ------------------------------------------------------------------------------------------------
 # Masks: from the 28 x 28 probabilities of a box to pixels of the image
@@ -63,7 +58,7 @@ def interpolation(low, high, length, cells):
 
 def interpolate(values, before, weights):
     """Rows [n, C] at places between the rows [cells + 2, C] of `values`; see `interpolation`."""
-    result = np.diff(values, axis=0)[before]
+    result = (values[1:] - values[:-1])[before]
     result *= weights[:, None]
     result += values[before]
     return result
@@ -83,8 +78,10 @@ def paste_window(mask, box, height, width, threshold=0.5):
         return 0, 0, np.zeros((0, 0), bool)
     x, *across = interpolation(left, right, width, mask.shape[1])
     y, *down = interpolation(top, bottom, height, mask.shape[0])
-    rows = interpolate(np.pad(mask, 1), *down)
-    return x, y, interpolate(rows.T, *across) >= threshold
+    framed = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), np.float32)
+    framed[1:-1, 1:-1] = mask
+    rows = interpolate(framed, *down)
+    return x, y, interpolate(np.ascontiguousarray(rows.T), *across) >= threshold
 
 
 def paste_masks(masks, boxes, height, width, threshold=0.5):
@@ -127,8 +124,12 @@ def window_rle(x, y, inside, height, width):
 
 
 # ------------------------------------------------------------------------------------------------
-# Prediction on an image
+# Views of an image
 # ------------------------------------------------------------------------------------------------
+
+# What the network looks at: an image resized to `height` x `width` pixels, maybe mirrored. `scale`
+# is the shorter side that was asked for (the real one is smaller where the longer is limited).
+View = collections.namedtuple("View", "height width flipped scale", defaults=(False, None))
 
 
 @contextlib.contextmanager
@@ -147,13 +148,6 @@ def evaluation_mode(model):
 def device_of(model):
     """The device on which the weights of a model are."""
     return next(model.parameters()).device
-
-
-def input_sizes(model, min_size=None, max_size=None):
-    """Shorter and longest side of inputs in pixels: as asked for, or as the model was trained."""
-    min_size = min_size or model.data_settings.get("min_size") or 800
-    max_size = max_size or model.data_settings.get("max_size") or 1333
-    return min_size, max_size
 
 
 def move_boxes(boxes, source, target):
@@ -181,34 +175,6 @@ def to_image(detections, view, height, width):
     sides = detections["boxes"][:, 2:] - detections["boxes"][:, :2]
     kept = (sides > 0).all(dim=1)
     return {name: value[kept] for name, value in detections.items()}
-
-
-def predict(model, image, min_size=None, max_size=None, tta=False):
-    """Detect the objects of one image.
-
-    model: a MaskRCNN, in whatever mode; image: [3, H, W] RGB, uint8 or float in [0, 1];
-    min_size, max_size: the image is resized so that its shorter side is min_size pixels, unless the
-    longer would exceed max_size; None: what the model was trained for; tta: test-time augmentation.
-
-    Returns a dict on the CPU, best score first, all in the pixels of this image: `boxes` [N, 4]
-    float xyxy, `labels` [N] int64 (1..K), `scores` [N], `masks` [N, H, W] bool (of a model with
-    masks), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17] (with keypoints).
-    """
-    height, width = image.shape[-2:]
-    min_size, max_size = input_sizes(model, min_size, max_size)
-    view = View(*data.resize_shape(height, width, min_size, max_size))
-    with evaluation_mode(model):
-        if tta:
-            views = tta_views(height, width, min_size, max_size)
-            detections = augmented_detections(model, image, views)
-        else:
-            resized = data.resize_image(image, view.height, view.width)
-            detections = model([resized.to(device_of(model))])[0]
-    detections = to_image(detections, view, height, width)
-    if "masks" in detections:
-        boxes = detections["boxes"]
-        detections["masks"] = paste_masks(detections["masks"], boxes, height, width)
-    return detections
 
 
 # ------------------------------------------------------------------------------------------------
@@ -297,6 +263,7 @@ def augmented_detections(model, image, views):
         view_scores, view_boxes = model.box_predictions(features, proposals, valid, sizes)[0]
         scores.append(view_scores)
         boxes.append(move_boxes(view_boxes, view, own))
+        del features  # before those of the next view are computed
     scores = torch.cat(scores)
     boxes = torch.cat(boxes)
     detections = model.postprocess(scores, boxes)
@@ -324,13 +291,60 @@ def augmented_detections(model, image, views):
             use = keypoint_scale_fits(detections["boxes"], image, own, view)
             heatmaps = heatmaps + view_maps * use[:, None, None, None]
             used = used + use
+        del features
     if with_masks:
         detections["masks"] = masks / len(views)
     if with_keypoints:
         heatmaps = heatmaps / used[:, None, None, None]
-        keypoints, keypoint_scores = models.decode_keypoints(heatmaps, detections["boxes"])
+        keypoints, keypoint_scores = detector.decode_keypoints(heatmaps, detections["boxes"])
         detections["keypoints"] = keypoints
         detections["keypoints_scores"] = keypoint_scores
+    return detections
+
+
+# ------------------------------------------------------------------------------------------------
+# Prediction on an image
+# ------------------------------------------------------------------------------------------------
+
+
+def input_sizes(model, min_size=None, max_size=None):
+    """Shorter and longest side of inputs in pixels: as asked for, or as the model was trained."""
+    min_size = min_size or model.data_settings.get("min_size") or 800
+    max_size = max_size or model.data_settings.get("max_size") or 1333
+    return min_size, max_size
+
+
+def detect(model, image, height, width, min_size, max_size, tta=False):
+    """Detections in an image of height x width, as from `to_image`; the model is in eval mode.
+
+    image: [3, height, width], or (without tta) resized to the network's size already.
+    """
+    if tta:
+        views = tta_views(height, width, min_size, max_size)
+        return to_image(augmented_detections(model, image, views), views[0], height, width)
+    view = View(*data.resize_shape(height, width, min_size, max_size))
+    resized = data.resize_image(image, view.height, view.width)
+    return to_image(model([resized.to(device_of(model))])[0], view, height, width)
+
+
+def predict(model, image, min_size=None, max_size=None, tta=False):
+    """Detect the objects of one image.
+
+    model: a MaskRCNN, in whatever mode; image: [3, H, W] RGB, uint8 or float in [0, 1];
+    min_size, max_size: the image is resized so that its shorter side is min_size pixels, unless the
+    longer would exceed max_size; None: what the model was trained for; tta: test-time augmentation.
+
+    Returns a dict on the CPU, best score first, all in the pixels of this image: `boxes` [N, 4]
+    float xyxy, `labels` [N] int64 (1..K), `scores` [N], `masks` [N, H, W] bool (of a model with
+    masks), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17] (with keypoints).
+    """
+    height, width = image.shape[-2:]
+    with evaluation_mode(model):
+        sizes = input_sizes(model, min_size, max_size)
+        detections = detect(model, image, height, width, *sizes, tta)
+    if "masks" in detections:
+        boxes = detections["boxes"]
+        detections["masks"] = paste_masks(detections["masks"], boxes, height, width)
     return detections
 
 
@@ -561,7 +575,10 @@ def write_json(path, value):
 
 
 def detect_all(model, dataset, rank, world_size, tta, workers, progress):
-    """Yield (image id, list of `coco_results`) for each image of this process's share."""
+    """Yield (image id, list of `coco_results`) for each image of this process's share.
+
+    The model is in evaluation mode; arguments as of `evaluate`.
+    """
     sizes = input_sizes(model)
     positions = range(rank, len(dataset), world_size)
     # One image at a time: in a batch, images are padded to the largest, and through GroupNorm the
@@ -570,20 +587,13 @@ def detect_all(model, dataset, rank, world_size, tta, workers, progress):
     loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=workers)
     bar = tqdm(total=len(dataset), unit="image", desc="evaluate", disable=not progress, leave=False)
     # A thread pastes and encodes the masks of an image while the network looks at the next one.
-    with evaluation_mode(model), bar, concurrent.futures.ThreadPoolExecutor(1) as thread:
+    with bar, concurrent.futures.ThreadPoolExecutor(1) as thread:
         waiting = None
         for item in loader:
             if isinstance(item, data.DataError):
                 raise item
             position, image, height, width = item
-            if tta:
-                views = tta_views(height, width, *sizes)
-                detections = augmented_detections(model, image, views)
-                view = views[0]
-            else:
-                detections = model([image.to(device_of(model))])[0]
-                view = View(*image.shape[-2:])
-            detections = to_image(detections, view, height, width)
+            detections = detect(model, image, height, width, *sizes, tta)
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             image_id = dataset.image_ids[position]
@@ -634,8 +644,9 @@ def evaluate(
         partial = out / f"results_partial_{rank}.jsonl"
 
     lines = []
-    with open(partial, "w") if partial else contextlib.nullcontext() as file:
-        progress = progress and rank == 0
+    progress = progress and rank == 0
+    opened = open(partial, "w") if partial else contextlib.nullcontext()
+    with evaluation_mode(model), opened as file:
         for result in detect_all(model, dataset, rank, world_size, tta, workers, progress):
             lines.append(json.dumps(result))
             if file:
@@ -755,6 +766,8 @@ def find_images(paths):
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            # Pictures that an earlier run left there are not images to look at.
+            inside = [p for p in inside if not p.stem.endswith("_detections")]
             if not inside:
                 raise data.DataError(f"there is no image in the folder {path}")
             found += inside
@@ -856,13 +869,46 @@ def plot(runs, output):
 # ------------------------------------------------------------------------------------------------
 
 
+class UsageError(ValueError):
+    """A command line that cannot be obeyed; the message is one sentence."""
+
+
 def export(weights, output):
     """Copy a checkpoint of train.py without the optimizer's state: half the size, for sharing."""
-    checkpoint = models.read_checkpoint(weights)
+    checkpoint = detector.read_file(weights)
+    if "model_config" not in checkpoint:
+        raise detector.WeightsError(f"{weights} is not a checkpoint of train.py.")
     checkpoint.pop("momentum", None)
     temporary = Path(f"{output}.tmp")
-    torch.save(checkpoint, temporary)
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
     os.replace(temporary, output)
+
+
+def start_processes(name=None):
+    """Rank, number of processes and device of this process; joins those that torchrun started.
+
+    name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one. Raises UsageError.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        # On Apple's mps, NMS and RoIAlign in float64 are missing.
+        raise UsageError(f"device {name} is not supported; use cuda or cpu")
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"there is no CUDA device {index} here; use --device cpu")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
 
 
 def evaluate_command(args, model, rank, world_size):
@@ -950,6 +996,8 @@ def run_command(args):
     """Do what the parsed command line says."""
     if args.plot:
         output = args.out or "curves.png"
+        if Path(output).suffix not in (".png", ".svg", ".pdf"):
+            raise UsageError(f"{output} must end in .png, .svg or .pdf")
         plot(args.plot, output)
         print(output)
         return
@@ -958,17 +1006,9 @@ def run_command(args):
         print(args.export)
         return
 
-    # torchrun says in the environment which process this is.
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if world_size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size, device = start_processes(args.device)
     try:
-        model = models.load_model(args.weights).to(device)
+        model = detector.load_model(args.weights, verbose=rank == 0).to(device)
         if args.data:
             evaluate_command(args, model, rank, world_size)
         elif rank == 0:
@@ -979,7 +1019,7 @@ def run_command(args):
 
 
 def main(arguments=None):
-    """The command line; returns the exit code: 0, 1 for bad files (2: bad use, from argparse)."""
+    """The command line; returns the exit code: 0, 1 for bad files, 2 for bad use."""
     parser = make_parser()
     args = parser.parse_args(arguments)
     if not args.weights and not args.plot:
@@ -990,7 +1030,10 @@ def main(arguments=None):
         parser.error("--workers must not be negative")
     try:
         run_command(args)
-    except (data.DataError, models.WeightsError, ImportError, OSError) as error:
+    except UsageError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except (data.DataError, detector.WeightsError, ImportError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
     return 0

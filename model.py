@@ -11,6 +11,7 @@ background, 1..K are the classes. In shape comments, B: images of the batch, A: 
 G: ground-truth objects of the image that has most, P: proposals, R: RoIs of all images, K: classes.
 """
 
+import itertools
 import math
 import pickle
 import re
@@ -273,16 +274,16 @@ class ResNet(Backbone):
 class VGG16(Backbone):
     """VGG-16 up to conv5_3, at stride 16 (Sec. 5.1 "Models without BN/GN"); returns that one level."""
 
-    def __init__(self, norm, freeze_at, **_):
+    def __init__(self, stem_width, norm, freeze_at):
         super().__init__()
         self.strides = [16]
-        self.channels = [512]
+        self.channels = [8 * stem_width]
         inputs = 3
-        for i, (count, outputs) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
+        for i, (count, multiple) in enumerate([(2, 1), (2, 2), (3, 4), (3, 8), (3, 8)]):
             stage = nn.Sequential()
             for _ in range(count):
-                stage.append(ConvNorm(inputs, outputs, 3, norm))
-                inputs = outputs
+                stage.append(ConvNorm(inputs, multiple * stem_width, 3, norm))
+                inputs = multiple * stem_width
             setattr(self, f"conv{i + 1}", stage)
         self.freeze([self.conv1, self.conv2, self.conv3, self.conv4, self.conv5], freeze_at)
 
@@ -494,8 +495,8 @@ class BoxHead(nn.Module):
         x = self.convs(x).flatten(1)
         for fc in self.fcs:
             x = fc(x).relu_()
-        deltas = self.regressor(x).float()
-        return self.classifier(x).float(), deltas.view(len(deltas), -1, 4)
+        deltas = self.regressor(x).float().unflatten(1, (-1, 4))
+        return self.classifier(x).float(), deltas
 
 
 class MaskHead(nn.Module):
@@ -626,15 +627,15 @@ class MaskRCNN(nn.Module):
         c, norm = config, config["norm"]
         # A frozen-BN detector has its affine maps in the backbone only, as in Detectron.
         head_norm = "none" if norm == "frozen_bn" else norm
-        backbone = dict(norm=norm, freeze_at=c["freeze_at"], stride_in_1x1=c["stride_in_1x1"])
         if c["backbone"] == "vgg16":
-            self.backbone = VGG16(**backbone)
+            self.backbone = VGG16(c["stem_width"], norm, c["freeze_at"])
             self.fpn = None
             channels, strides = self.backbone.channels[0], self.backbone.strides
         else:
             self.backbone = ResNet(
-                c["blocks"], c["groups"], c["width_per_group"], c["stem_width"], **backbone
-            )
+                c["blocks"], c["groups"], c["width_per_group"], c["stem_width"], norm, c["freeze_at"],
+                c["stride_in_1x1"],
+            )  # fmt: skip
             self.fpn = FPN(self.backbone.channels, c["fpn_channels"], head_norm)
             channels, strides = c["fpn_channels"], self.backbone.strides + [64]
         if len(c["anchor_sizes"]) != len(strides):
@@ -1013,20 +1014,21 @@ class WeightsError(ValueError):
     """A file of weights that cannot be used; the message is one sentence."""
 
 
-# Modules here and in three public worlds; None: there is no such thing. i, j, k are numbers; i_1 is
-# i - 1, j1 is j + 1, abc is the letter of k. The table is read in both directions.
+# Our modules, and what they are called in three public worlds (None: there is no such thing): the
+# one table for reading their files and for writing Detectron2's. i, j, k are numbers, i_1 is i - 1,
+# j1 is j + 1, abc is the letter of k; {stage} is ".0", ".1", ".2" in a cascade, otherwise nothing.
 NAMES = (
-    # here, Detectron2, torchvision (classification), Detectron (Caffe2)
+    # here, Detectron2, torchvision (classification), Detectron (as `caffe2_name` spells it)
     ("backbone.stem.conv", "backbone.bottom_up.stem.conv1", "conv1", "conv1"),
-    ("backbone.stem.norm", "backbone.bottom_up.stem.conv1.norm", "bn1", "{stem}_{norm}"),
+    ("backbone.stem.norm", "backbone.bottom_up.stem.conv1.norm", "bn1", "conv1_norm"),
     ("backbone.res{i}.{j}.conv{k}.conv", "backbone.bottom_up.res{i}.{j}.conv{k}",
      "layer{i_1}.{j}.conv{k}", "res{i}_{j}_branch2{abc}"),
     ("backbone.res{i}.{j}.conv{k}.norm", "backbone.bottom_up.res{i}.{j}.conv{k}.norm",
-     "layer{i_1}.{j}.bn{k}", "res{i}_{j}_branch2{abc}_{norm}"),
+     "layer{i_1}.{j}.bn{k}", "res{i}_{j}_branch2{abc}_norm"),
     ("backbone.res{i}.{j}.shortcut.conv", "backbone.bottom_up.res{i}.{j}.shortcut",
      "layer{i_1}.{j}.downsample.0", "res{i}_{j}_branch1"),
     ("backbone.res{i}.{j}.shortcut.norm", "backbone.bottom_up.res{i}.{j}.shortcut.norm",
-     "layer{i_1}.{j}.downsample.1", "res{i}_{j}_branch1_{norm}"),
+     "layer{i_1}.{j}.downsample.1", "res{i}_{j}_branch1_norm"),
     ("backbone.conv{i}.{j}.conv", None, "features.{vgg}", "conv{i}_{j1}"),
     ("fpn.lateral.{i}.conv", "backbone.fpn_lateral{i2}", None, None),
     ("fpn.lateral.{i}.norm", "backbone.fpn_lateral{i2}.norm", None, None),
@@ -1035,7 +1037,6 @@ NAMES = (
     ("rpn.conv", "proposal_generator.rpn_head.conv", None, None),
     ("rpn.objectness", "proposal_generator.rpn_head.objectness_logits", None, None),
     ("rpn.deltas", "proposal_generator.rpn_head.anchor_deltas", None, None),
-    # {stage} is ".0", ".1", ".2" in a cascade and nothing otherwise
     ("box_heads.{i}.convs.{j}.conv", "roi_heads.box_head{stage}.conv{j1}", None, None),
     ("box_heads.{i}.convs.{j}.norm", "roi_heads.box_head{stage}.conv{j1}.norm", None, None),
     ("box_heads.{i}.fcs.{j}", "roi_heads.box_head{stage}.fc{j1}", "classifier.{j3}", "fc{j6}"),
@@ -1049,18 +1050,10 @@ NAMES = (
     ("keypoint_head.deconv", "roi_heads.keypoint_head.score_lowres", None, None),
 )  # fmt: skip
 FORMATS = {"detectron2": 1, "torchvision": 2, "caffe2": 3}
+STATISTICS_NAMES = {"image_mean": "pixel_mean", "image_std": "pixel_std"}  # here, Detectron2
 
-# Parameters in Caffe2's names, by whether the module is a norm.
-CAFFE2_SUFFIXES = {
-    False: {"weight": "w", "bias": "b"},
-    True: {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"},
-}
-CAFFE2_BATCH_NORM = {
-    "weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"
-}  # fmt: skip
-
-# Statistics of images, RGB in [0, 1], that go with the weights of each format. A file does not say
-# them; the scratch 9x models and X-101 of Detectron2 were trained with other deviations.
+# Mean and deviation of images, RGB in [0, 1], that go with the weights of each format where the file
+# does not say. The scratch 9x models and X-101 of Detectron2 were trained with other deviations.
 STATISTICS = {
     "detectron2": ([123.675 / 255, 116.28 / 255, 103.53 / 255], [1 / 255] * 3),
     "torchvision": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -1068,38 +1061,46 @@ STATISTICS = {
 }
 
 
-def foreign_name(name, kind, cascade=False, caffe2_norm="gn"):
+def foreign_name(name, kind, cascade=False):
     """The name of one of our parameters in another format, or None if it has none there."""
     module, _, parameter = name.rpartition(".")
     for row in NAMES:
+        match = re.fullmatch(re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", row[0]), module)
         template = row[FORMATS[kind]]
-        pattern = re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", row[0].replace(".", r"\."))
-        match = re.fullmatch(pattern, module)
-        if match is None:
-            continue
-        if template is None:
-            return None
-        n = {key: int(value) for key, value in match.groupdict().items()}
-        i, j, k = n.get("i", 0), n.get("j", 0), n.get("k", 1)
-        foreign = template.format(
-            i=i, j=j, k=k, i_1=i - 1, i1=i + 1, i2=i + 2, j1=j + 1, j3=3 * j, j6=j + 6,
-            abc="abc"[k - 1], vgg=(0, 5, 10, 17, 24)[min(i, 5) - 1] + 2 * j,
-            stage=f".{i}" if cascade else "", norm=caffe2_norm,
-            stem="res_conv1" if caffe2_norm == "bn" else "conv1",
-        )  # fmt: skip
-        if kind != "caffe2":
+        if match and template:
+            n = {"i": 0, "j": 0, "k": 1} | {key: int(n) for key, n in match.groupdict().items()}
+            i, j, k = n["i"], n["j"], n["k"]
+            foreign = template.format(
+                **n, i_1=i - 1, i1=i + 1, i2=i + 2, j1=j + 1, j3=3 * j, j6=j + 6, abc="abc"[k - 1],
+                vgg={1: 0, 2: 5, 3: 10, 4: 17, 5: 24}.get(i, 0) + 2 * j,
+                stage=f".{i}" if cascade else "",
+            )  # fmt: skip
             return f"{foreign}.{parameter}"
-        return f"{foreign}_{CAFFE2_SUFFIXES[module.endswith('.norm')].get(parameter, parameter)}"
     return None
+
+
+def caffe2_name(name):
+    """A name of Detectron's in one spelling: res_conv1_bn_s and conv1_gn_s are conv1_norm.weight."""
+    for pattern, replacement in (
+        (r"^res_conv1_", "conv1_"),
+        (r"_[bg]n_", "_norm_"),
+        (r"_(w|s|gamma)$", ".weight"),
+        (r"_(b|beta)$", ".bias"),
+        (r"_(rm|running_mean)$", ".running_mean"),
+        (r"_(riv|running_var)$", ".running_var"),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def convert(name, tensor, kind, forward=True):
     """A tensor of another format as ours (forward), or ours as theirs. Exact both ways.
 
-    Detectron and Detectron2 read BGR, we RGB. Their background is the last class, ours the first;
-    box deltas and masks have no background in either.
+    Detectron and Detectron2 read BGR, we RGB. Detectron2's background is the last class, ours the
+    first; box deltas and masks have no background in either.
     """
-    if kind in ("detectron2", "caffe2") and name in ("backbone.stem.conv.weight", "backbone.conv1.0.conv.weight"):
+    first = name in ("backbone.stem.conv.weight", "backbone.conv1.0.conv.weight")
+    if first and kind in ("detectron2", "caffe2"):
         return tensor.flip(1)
     if kind == "detectron2" and ".classifier." in name:
         return tensor.roll(1 if forward else -1, dims=0)
@@ -1113,9 +1114,16 @@ def to_detectron2(model):
         foreign = foreign_name(name, "detectron2", model.config["cascade"])
         if foreign is not None:
             state[foreign] = convert(name, tensor, "detectron2", forward=False).clone()
-    for ours, theirs in (("image_mean", "pixel_mean"), ("image_std", "pixel_std")):
+    for ours, theirs in STATISTICS_NAMES.items():
         state[theirs] = getattr(model, ours).double().flip(0) * 255
     return state
+
+
+class NamesAndTensors(dict):
+    """What an OrderedDict in a pickle becomes; attributes (torch hangs some on) are left out."""
+
+    def __setstate__(self, attributes):
+        pass
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -1128,12 +1136,13 @@ class RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         full = f"{module}.{name}".replace("numpy._core", "numpy.core")
         allowed = {
-            "numpy.core.multiarray._reconstruct": lambda *_: np.ndarray.__new__(np.ndarray, (0,), "b"),
-            "numpy.core.multiarray.scalar": self.scalar,
-            "numpy.ndarray": np.ndarray,
+            "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0, "b"),
+            "numpy.core.numeric._frombuffer": self.array,
+            "numpy.core.multiarray.scalar": lambda dtype, value: self.array(value, dtype, ())[()],
+            "numpy.ndarray": None,  # named in the arguments of _reconstruct, never called
             "numpy.dtype": self.dtype,
             "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-            "collections.OrderedDict": dict,
+            "collections.OrderedDict": NamesAndTensors,
         }
         if full not in allowed:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of weights needs")
@@ -1142,13 +1151,14 @@ class RestrictedUnpickler(pickle.Unpickler):
     @staticmethod
     def dtype(code, *_):
         dtype = np.dtype(code)
-        if dtype.hasobject or dtype.fields:
-            raise pickle.UnpicklingError(f"it holds an array of type {code!r}")
+        if dtype.kind not in "biufc":
+            raise pickle.UnpicklingError(f"it holds an array of type {code!r}, not of numbers")
         return dtype
 
     @staticmethod
-    def scalar(dtype, value):
-        return np.frombuffer(value if isinstance(value, bytes) else value.encode("latin1"), dtype)[0]
+    def array(data, dtype, shape, order="C"):
+        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
 def read_file(path):
@@ -1165,16 +1175,19 @@ def read_file(path):
     except IsADirectoryError:
         raise WeightsError(f"{path} is a folder; name the file of weights in it.") from None
     except Exception as error:  # whatever a truncated, foreign or malicious file brings about
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights: {reason.rstrip('.')}.") from None
+        reason = f"{error}".partition("\n")[0][:200].rstrip(".") or type(error).__name__
+        named = re.search(r"GLOBAL (\S+)", f"{error}")
+        if named:  # torch's own message goes on to say how to execute it all the same
+            reason = f"it names {named[1]}, which no file of weights needs"
+        raise WeightsError(f"{path} cannot be read as weights: {reason}.") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} cannot be read as weights: it holds a {type(content).__name__}, not names "
-                           "and tensors.")  # fmt: skip
+        kind = type(content).__name__
+        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, no names and tensors.")
     return content
 
 
 def read_weights(path):
-    """Tensors of a file by their names there, and its format: "own" or one of FORMATS."""
+    """Tensors of a file by their names there, its format ("own" or one of FORMATS), and all of it."""
     content = read_file(path)
     state = content
     for key in ("model", "blobs"):
@@ -1184,10 +1197,12 @@ def read_weights(path):
         state = {
             name: value if torch.is_tensor(value) else torch.from_numpy(np.array(value))
             for name, value in state.items()
-            if torch.is_tensor(value) or isinstance(value, np.ndarray)
+            if isinstance(name, str) and (torch.is_tensor(value) or isinstance(value, np.ndarray))
         }
-    except TypeError as error:
-        raise WeightsError(f"{path} holds an array that is not numeric ({error}).") from None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path} holds an array that torch cannot read: {error}") from None
+    if any("conv2_offset" in name for name in state):
+        raise WeightsError(f"{path} has deformable convolutions, which this project does not have.")
     if "model_config" in content:
         return state, "own", content
     signs = {
@@ -1200,39 +1215,50 @@ def read_weights(path):
     for sign, kind in signs.items():
         if sign in state:
             return state, kind, content
-    raise WeightsError(f"{path} holds weights, but with the names of no model known here (train.py, Detectron2, "
-                       "torchvision's classification, Detectron's ImageNet models).")  # fmt: skip
+    raise WeightsError(
+        f"{path} holds weights, but with the names of no model known here (train.py, Detectron2's "
+        "FPN detectors, torchvision's classification, Detectron's ImageNet models)."
+    )
+
+
+def read_checkpoint(path):
+    """The whole content of one of our checkpoints. Raises WeightsError if it is anything else."""
+    _, kind, content = read_weights(path)
+    if kind != "own":
+        raise WeightsError(f"{path} is not a checkpoint of train.py.")
+    return content
 
 
 def translate(state, kind, model):
     """A state dict of another format with our names, and the names in it that were not used.
 
-    Only names that the model has are translated; shapes are checked by the caller.
+    Only names that the model has are translated; shapes are checked by `fill`.
     """
+    norm = model.config["norm"]
+    if norm == "gn" and any(re.search(r"_bn_|\.running_mean", name) for name in state):
+        raise WeightsError("This file has batch normalization, the model group normalization (gn).")
     if kind == "own":
         return dict(state), []
-    norm = "gn" if "conv1_gn_s" in state else "bn"
+    # MSRA's files have BN's statistics folded into its scale and shift.
+    folded = kind == "caffe2" and any(name.endswith("_bn_s") for name in state)
+    if kind == "caffe2":
+        state = {caffe2_name(name): tensor for name, tensor in state.items()}
     found, used = {}, set()
-    for name, own in model.state_dict().items():
-        foreign = foreign_name(name, kind, model.config["cascade"], norm)
-        if kind == "caffe2" and foreign and foreign not in state and ".norm." in name:
-            module, _, parameter = name.rpartition(".")
-            stem = foreign.rpartition("_")[0]
-            foreign = f"{stem}_{CAFFE2_BATCH_NORM.get(parameter, parameter)}"
+    for name in model.state_dict():
+        foreign = foreign_name(name, kind, model.config["cascade"])
         if foreign in state:
             found[name] = convert(name, state[foreign], kind)
             used.add(foreign)
-    if kind == "caffe2" and norm == "bn":
-        # MSRA's files have BN folded into scale and shift; as a frozen BN with mean 0 and variance 1.
+    if folded:
         for name, module in model.backbone.named_modules(prefix="backbone"):
-            if f"{name}.weight" in found and f"{name}.running_mean" not in found and hasattr(module, "running_var"):
-                if module.weight.requires_grad:
-                    raise WeightsError("This file has BN's scale and shift but not its statistics, which only "
-                                       "fits a model with norm frozen_bn.")  # fmt: skip
-                found[f"{name}.running_mean"] = torch.zeros_like(module.running_mean)
-                found[f"{name}.running_var"] = torch.ones_like(module.running_var) - module.eps
-    mean, std = STATISTICS[kind]
-    for ours, theirs, default in (("image_mean", "pixel_mean", mean), ("image_std", "pixel_std", std)):
+            if hasattr(module, "running_var"):
+                if module.weight.requires_grad:  # a frozen layer's does not, nor FrozenBatchNorm's
+                    raise WeightsError("This file has BN's scale and shift but not its statistics, "
+                                       "which only fits a model with norm frozen_bn.")  # fmt: skip
+                found.setdefault(f"{name}.running_mean", torch.zeros_like(module.running_mean))
+                var = torch.ones_like(module.running_var) - module.eps  # sqrt(var + eps) is 1
+                found.setdefault(f"{name}.running_var", var)
+    for (ours, theirs), default in zip(STATISTICS_NAMES.items(), STATISTICS[kind]):
         value = torch.tensor(default, dtype=torch.float64)
         if theirs in state:
             value = state[theirs].double().flatten().flip(0) / 255
@@ -1248,25 +1274,24 @@ def fill(model, found, unused, path, verbose):
     filled = [name for name in counted if name in found]
     left = [name for name in counted if name not in found]
     unused = unused + [name for name in found if name not in own]
-    for name in filled:
-        if found[name].shape != own[name].shape:
-            raise WeightsError(
-                f"{path} does not fit this model: {name} has shape {tuple(found[name].shape)} in the file and "
-                f"{tuple(own[name].shape)} in the model."
-            )
+    backbone = f"{model.config['backbone']} with norm {model.config['norm']}"
     if not any(name.startswith("backbone.") for name in filled):
-        raise WeightsError(f"{path} has no weights for the backbone of this model, {model.config['backbone']} "
-                           f"with norm {model.config['norm']}.")  # fmt: skip
+        raise WeightsError(f"{path} has no weights for the backbone of this model, {backbone}.")
     lost = [name for name in left if name.startswith("backbone.")]
     if lost:
-        raise WeightsError(f"{path} is of another backbone than {model.config['backbone']} with norm "
-                           f"{model.config['norm']}: it has no {lost[0]}.")  # fmt: skip
+        raise WeightsError(f"{path} is of another backbone than {backbone}: it has no {lost[0]}.")
+    for name in filled:
+        theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
+        if theirs != ours:
+            raise WeightsError(f"{path} does not fit this model: {name} has shape {theirs} in the "
+                               f"file and {ours} in the model.")  # fmt: skip
     model.load_state_dict(found, strict=False)
-    for name in ("image_mean", "image_std"):  # a checkpoint made from here on tells of them
+    for name in STATISTICS_NAMES:  # a checkpoint made from here on tells of them
         model.config[name] = tuple(getattr(model, name).flatten().tolist())
     if verbose:
-        print(f"Weights   {path}: {len(filled)} tensors loaded, {len(left)} left at their initialization"
-              f"{summary(left)}, {len(unused)} in the file not used{summary(unused)}")  # fmt: skip
+        print(f"Weights   {path}: {len(filled)} tensors loaded, "
+              f"{len(left)} left at their initialization{summary(left)}, "
+              f"{len(unused)} in the file not used{summary(unused)}")  # fmt: skip
 
 
 def summary(names):
@@ -1282,64 +1307,71 @@ def load_weights(model, path, verbose=True):
 
     The image statistics that belong to the weights are set as well. A classifier for other classes
     is an error. Raises WeightsError naming the parameter where a shape does not fit, and where the
-    file fills nothing of the backbone. Nothing in the file is executed.
+    file does not fill the backbone. Nothing in the file is executed.
     """
     state, kind, _ = read_weights(path)
-    if any("conv2_offset" in name for name in state):
-        raise WeightsError(f"{path} uses deformable convolutions, which this project does not have.")
     found, unused = translate(state, kind, model)
     fill(model, found, unused, path, verbose)
 
 
 def infer_config(state):
-    """The arguments of `build_model` for a detector in Detectron2's names, from names and shapes."""
-    prefix = "backbone.bottom_up."
-    blocks = tuple(
-        len({name.split(".")[3] for name in state if name.startswith(f"{prefix}res{i}.")}) for i in (2, 3, 4, 5)
-    )
-    conv2 = state[prefix + "res2.0.conv2.weight"]
-    width = {"groups": conv2.shape[0] // conv2.shape[1], "width_per_group": conv2.shape[1]}
-    norm = "frozen_bn"
-    if "backbone.fpn_lateral2.norm.weight" in state:
-        norm = "syncbn" if "backbone.fpn_lateral2.norm.running_mean" in state else "gn"
+    """The arguments of `build_model` for a detector in Detectron2's names, from names and shapes.
+
+    Raises KeyError with the name of a parameter that a detector must have.
+    """
     cascade = "roi_heads.box_head.0.fc1.weight" in state
-    stage = ".0" if cascade else ""
-    classes = state[f"roi_heads.box_predictor{stage}.cls_score.weight"].shape[0] - 1
-    deltas = state[f"roi_heads.box_predictor{stage}.bbox_pred.weight"].shape[0]
-    keypoints = state.get("roi_heads.keypoint_head.score_lowres.weight")
+
+    def named(name):
+        return foreign_name(name, "detectron2", cascade)
+
+    def count(name):
+        return next(n for n in itertools.count() if named(name.format(n)) not in state)
+
+    outputs, inputs = state[named("backbone.res2.0.conv2.conv.weight")].shape[:2]
+    body = {
+        "blocks": tuple(count(f"backbone.res{i}.{{}}.conv1.conv.weight") for i in (2, 3, 4, 5)),
+        "groups": outputs // inputs,
+        "width_per_group": inputs,
+    }
+    backbone = "resnet50"  # also for widths that have no name
+    for name, changes in BACKBONES.items():
+        if body.items() <= (DEFAULTS | changes).items():
+            backbone = name
+    norm = "frozen_bn"
+    if named("fpn.lateral.0.norm.weight") in state:
+        norm = "syncbn" if named("fpn.lateral.0.norm.running_mean") in state else "gn"
+    classes = len(state[named("box_heads.0.classifier.weight")]) - 1
+    deltas = len(state[named("box_heads.0.regressor.weight")])
+    keypoints = state.get(named("keypoint_head.deconv.weight"))
     config = {
-        "backbone": "resnet50",
+        "backbone": backbone,
         "norm": norm,
         "num_classes": classes,
-        "masks": "roi_heads.mask_head.predictor.weight" in state,
+        "masks": named("mask_head.predictor.weight") in state,
         "keypoints": 0 if keypoints is None else keypoints.shape[1],
         "cascade": cascade,
-        "blocks": blocks,
-        **width,
-        "stem_width": state[prefix + "stem.conv1.weight"].shape[0],
-        "fpn_channels": state["backbone.fpn_lateral2.weight"].shape[0],
-        "box_head_convs": sum(f"roi_heads.box_head{stage}.conv{i}.weight" in state for i in range(1, 10)),
-        "box_head_fcs": sum(f"roi_heads.box_head{stage}.fc{i}.weight" in state for i in range(1, 10)),
-        "box_head_fc_channels": state[f"roi_heads.box_head{stage}.fc1.weight"].shape[0],
-        "mask_head_convs": sum(f"roi_heads.mask_head.mask_fcn{i}.weight" in state for i in range(1, 10)),
-        "keypoint_head_convs": sum(f"roi_heads.keypoint_head.conv_fcn{i}.weight" in state for i in range(1, 20)),
-        "box_class_agnostic": deltas == 4 and (cascade or classes > 1),
+        **body,
+        "box_head_convs": count("box_heads.0.convs.{}.conv.weight"),
+        "box_head_fcs": count("box_heads.0.fcs.{}.weight"),
+        "mask_head_convs": count("mask_head.convs.{}.conv.weight"),
+        "keypoint_head_convs": count("keypoint_head.convs.{}.conv.weight"),
+        "box_class_agnostic": deltas < 4 * classes,
         # Not in the file: what Detectron2's configurations for such models say.
-        "stride_in_1x1": norm == "frozen_bn" and width["groups"] == 1,
+        "stride_in_1x1": norm == "frozen_bn" and body["groups"] == 1,
         "roi_sampling_ratio": 0,
         "rpn_smooth_l1_beta": 0.0,
-        "box_smooth_l1_beta": 0.5 if keypoints is not None else 0.0,
+        "box_smooth_l1_beta": 0.0 if keypoints is None else 0.5,
     }
-    for name, changes in BACKBONES.items():
-        if {"blocks": blocks, **width}.items() <= (DEFAULTS | changes).items():
-            config["backbone"] = name
-    for part, key in (
-        (f"roi_heads.box_head{stage}.conv1.weight", "box_head_channels"),
-        ("roi_heads.mask_head.mask_fcn1.weight", "mask_head_channels"),
-        ("roi_heads.keypoint_head.conv_fcn1.weight", "keypoint_head_channels"),
+    for width, name in (
+        ("stem_width", "backbone.stem.conv.weight"),
+        ("fpn_channels", "fpn.lateral.0.conv.weight"),
+        ("box_head_channels", "box_heads.0.convs.0.conv.weight"),
+        ("box_head_fc_channels", "box_heads.0.fcs.0.weight"),
+        ("mask_head_channels", "mask_head.convs.0.conv.weight"),
+        ("keypoint_head_channels", "keypoint_head.convs.0.conv.weight"),
     ):
-        if part in state:
-            config[key] = state[part].shape[0]
+        if named(name) in state:
+            config[width] = len(state[named(name)])
     return config
 
 
@@ -1352,33 +1384,30 @@ def load_model(path, verbose=True, **overrides):
     `overrides` like any other argument of `build_model`. Raises WeightsError.
     """
     state, kind, content = read_weights(path)
-    if kind == "own":
-        try:
-            model = build_model(**content["model_config"] | overrides)
-        except (TypeError, ValueError) as error:
-            raise WeightsError(f"{path} describes a model that cannot be built: {error}") from None
-        model.data_settings = content["data"]
-    elif kind == "detectron2":
-        if any("conv2_offset" in name for name in state):
-            raise WeightsError(f"{path} uses deformable convolutions, which this project does not have.")
-        try:
-            config = infer_config(state)
-        except KeyError as error:
-            raise WeightsError(f"{path} looks like a detector of Detectron2 but has no {error}.") from None
+    if kind not in ("own", "detectron2"):
+        raise WeightsError(f"{path} is a backbone for fine-tuning ({kind}), not a detector; give it "
+                           "to train.py --init, or to load_weights.")  # fmt: skip
+    try:
+        config = content["model_config"] if kind == "own" else infer_config(state)
         model = build_model(**config | overrides)
-        if verbose:
-            assumed = ("stride_in_1x1", "roi_sampling_ratio")
-            print("Assumed  ", ", ".join(f"{name}={model.config[name]}" for name in assumed), end="; ")
-            print("image_mean and image_std of Detectron2" if "image_mean" not in overrides else "")
-    else:
-        raise WeightsError(f"{path} is a backbone for fine-tuning ({kind}), not a detector; give it to train.py "
-                           "--init, or to load_weights.")  # fmt: skip
+        model.data_settings = content["data"] if kind == "own" else model.data_settings
+    except KeyError as error:
+        raise WeightsError(f"{path} looks like a detector but has no {error}.") from None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path} describes a model that cannot be built: {error}") from None
     found, unused = translate(state, kind, model)
-    missing = [n for n in model.state_dict() if n not in found and not n.endswith("num_batches_tracked")]
+    missing = [n for n in model.state_dict() if n not in found and "num_batches_tracked" not in n]
     if missing:
         raise WeightsError(f"{path} has no {missing[0]}; it is of another model, or incomplete.")
-    for name in ("image_mean", "image_std"):
+    for name in STATISTICS_NAMES:
         if name in overrides:
             found[name] = torch.tensor(overrides[name]).view(3, 1, 1)
     fill(model, found, unused, path, verbose)
+    if kind == "detectron2" and verbose:
+        known = [name for name, theirs in STATISTICS_NAMES.items() if theirs in state]
+        inferred = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
+        assumed = ("stride_in_1x1", "roi_sampling_ratio", "image_mean", "image_std")
+        for title, names in (("Inferred ", inferred), ("Assumed  ", assumed)):
+            names = [name for name in names if name not in overrides and name not in known]
+            print(title, ", ".join(f"{name}={model.config[name]}" for name in names))
     return model.eval()

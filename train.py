@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ class Recipe:
     norm: str = "gn"
     masks: bool = True
     keypoints: int = 0
+    cascade_iterations: int = 0  # the last iterations, in which the model has grown to a cascade
     model: dict = dataclasses.field(default_factory=dict)  # further arguments of build_model
     freeze_at: int = 0  # with random weights nothing may be frozen
     freeze_at_pretrained: int = 2  # stem and res2, the default of Detectron's GN baselines
@@ -70,6 +72,7 @@ class Recipe:
     iterations_pretrained: int = SCHEDULES["2x"]
     one_x: int = SCHEDULES["1x"]  # iterations that --schedule counts in
     tails: tuple = (60_000, 20_000)  # the last iterations, at reduced rates, *whatever the total*
+    tails_pretrained: tuple = (60_000, 20_000)
     decay: float = 0.1  # the factor at the beginning of each tail
 
     # Sec. 4 "Hyper-parameters"
@@ -82,6 +85,10 @@ class Recipe:
     warmup_iterations: int = 500  # linear, from a third of the rate (Detectron)
     warmup_factor: float = 1 / 3
     clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
+
+    # Data: the kind of data set, and how many of its training images are used (None: all)
+    dataset: str = "coco"
+    subset: int | None = None
 
     # Images: shorter side (one of these is drawn for each image) and longest side allowed
     min_sizes: tuple = (800,)
@@ -96,45 +103,166 @@ class Recipe:
     paper: str = ""  # the paper's AP, shown by --list
 
 
-# Every row states only what it changes.
+# Train-time scale augmentation (Sec. 5.1): one of these shorter sides for each image; multiples of
+# 32 as in Detectron. The small data sets of Sec. 5.2 have the wider range.
+AUGMENTED = tuple(range(640, 801, 32))
+AUGMENTED_MORE = tuple(range(512, 801, 32))
+
+
+def ninths(iterations):
+    """Tails in 6x's own proportions, for runs that are shorter than 6x's tails."""
+    return (iterations // 9, iterations // 27)
+
+
+def small(subset, random, pretrained, paper):
+    """A row of Sec. 5.2: few images, the rates and sizes that the paper found for 35k of them.
+
+    The paper says totals for 10k images; those for 3.5k and 1k are ours, and all drops.
+    """
+    return Recipe(
+        subset=subset,
+        iterations=random,
+        iterations_pretrained=pretrained,
+        tails=ninths(random),
+        tails_pretrained=ninths(pretrained),
+        learning_rate=0.04,
+        decay=0.02,
+        min_sizes=AUGMENTED_MORE,
+        paper=paper,
+    )
+
+
+CASCADE = {"cascade_iterations": 270_000, "model": {"box_class_agnostic": True}}  # Sec. 5.1
+X152 = {"backbone": "resnext152_8x32d", "min_sizes": AUGMENTED, "iterations": SCHEDULES["9x"],
+        "iterations_pretrained": SCHEDULES["6x"]}  # fmt: skip
+ENHANCED = {"min_sizes": AUGMENTED, "iterations": SCHEDULES["9x"], "iterations_pretrained": SCHEDULES["6x"]}
+
+# The whole path in six minutes on two CPU cores: generated shapes and a narrow network, the same
+# code, the same proportions.
+TOY_MODEL = {
+    "blocks": (1, 1, 1, 1),
+    "stem_width": 32,
+    "width_per_group": 32,
+    "fpn_channels": 64,
+    "box_head_channels": 64,
+    "box_head_fc_channels": 256,
+    "mask_head_channels": 64,
+    "keypoint_head_channels": 64,
+    "anchor_sizes": ((16,), (32,), (64,), (128,), (256,)),
+    "rpn_pre_nms_top_n_train": 500,
+    "rpn_post_nms_top_n_train": 250,
+    "rpn_pre_nms_top_n_test": 500,
+    "rpn_post_nms_top_n_test": 250,
+    "box_batch_size_per_image": 64,
+}
+TOY = Recipe(
+    model=TOY_MODEL,
+    iterations=660,
+    iterations_pretrained=220,
+    one_x=110,
+    tails=(150, 50),
+    tails_pretrained=(150, 50),
+    batch_size=4,
+    images_per_gpu=4,
+    warmup_iterations=50,
+    min_sizes=(160,),
+    max_size=266,
+    test_size=160,
+    eval_every=330,
+    checkpoint_every=330,
+    log_every=10,
+    paper="(generated data)",
+)
+
+# Every row states only what it changes; --list prints them. AP is bbox / mask.
 RECIPES = {
-    # The whole path in six minutes on two CPU cores: generated shapes, a narrow network, the same
-    # code. Rates and proportions of the tails are 6x's.
-    "toy": Recipe(
+    "toy": TOY,
+    "toy-syncbn": replace(TOY, norm="syncbn"),
+    "toy-cascade": replace(TOY, cascade_iterations=220, model=TOY_MODEL | {"box_class_agnostic": True}),
+    "toy-keypoints": replace(TOY, masks=False, keypoints=17),
+    "toy-vgg": replace(
+        TOY,
+        backbone="vgg16",
+        norm="none",
+        masks=False,
         model={
-            "blocks": (1, 1, 1, 1),
-            "fpn_channels": 64,
-            "box_head_channels": 64,
+            "stem_width": 16,
+            "anchor_sizes": ((16, 32, 64, 128),),
             "box_head_fc_channels": 256,
-            "mask_head_channels": 64,
-            "anchor_sizes": ((16,), (32,), (64,), (128,), (256,)),
-            "rpn_pre_nms_top_n_train": 500,
-            "rpn_post_nms_top_n_train": 250,
-            "rpn_pre_nms_top_n_test": 500,
-            "rpn_post_nms_top_n_test": 250,
             "box_batch_size_per_image": 64,
         },
-        iterations=660,
-        iterations_pretrained=220,
-        one_x=110,
-        tails=(150, 50),
-        batch_size=4,
-        images_per_gpu=4,
-        warmup_iterations=50,
-        min_sizes=(160,),
-        max_size=266,
-        test_size=160,
-        eval_every=330,
-        checkpoint_every=330,
-        log_every=10,
-        paper="(generated data)",
     ),
-    # Table 1 and 2, Figures 1 and 3
-    "r50-gn": Recipe(paper="6x random 41.3 / 36.6; pre-trained 41.1 / 36.4"),
-    "r101-gn": Recipe(backbone="resnet101", paper="6x random 42.7 / 37.6; pre-trained 42.3 / 37.2"),
+    # Tables 1 and 2, Figures 1 and 3
+    "r50-gn": Recipe(paper="6x random 41.3 / 36.6, pre-trained 41.1 / 36.4"),
+    "r101-gn": Recipe(backbone="resnet101", paper="6x random 42.7 / 37.6, pre-trained 42.3 / 37.2"),
     # Figure 4
-    "r50-syncbn": Recipe(norm="syncbn", paper="a curve, Figure 4"),
+    "r50-syncbn": Recipe(norm="syncbn", paper="Figure 4's curves"),
+    # Figure 5 and Table 3: enhanced baselines
+    "r50-gn-aug": Recipe(**ENHANCED, paper="a bar of Figure 5"),
+    "r101-gn-aug": Recipe(backbone="resnet101", **ENHANCED, paper="random 45.0 / 39.5"),
+    "r50-gn-aug-cascade": Recipe(**ENHANCED, **CASCADE, paper="with --tta: random mask 41.6, pre-trained 40.9"),
+    "r101-gn-aug-cascade": Recipe(
+        backbone="resnet101",
+        **ENHANCED,
+        **CASCADE,
+        paper="random about 47.4 / 40.5; with --tta: mask 42.5, pre-trained 41.9",
+    ),
+    "x152-gn-aug": Recipe(**X152, paper="random 46.4 / 40.5"),
+    "x152-gn-aug-cascade": Recipe(
+        **X152, **CASCADE, paper="random 48.6 / 41.4; with --tta 50.9 / 43.2, pre-trained 50.3 / 42.5"
+    ),
+    # Figure 6: keypoints (Detectron trains them with scale jitter)
+    "r50-gn-keypoints": Recipe(
+        masks=False,
+        keypoints=17,
+        iterations=SCHEDULES["2x"],
+        min_sizes=AUGMENTED,
+        paper="2x keypoint AP: random 65.6, pre-trained 65.5",
+    ),
+    # Sec. 5.1 "Models without BN/GN": Faster R-CNN, no FPN
+    "vgg16": Recipe(
+        backbone="vgg16",
+        norm="none",
+        masks=False,
+        iterations=SCHEDULES["11x"],
+        iterations_pretrained=SCHEDULES["9x"],
+        min_sizes=AUGMENTED,
+        paper="bbox: random 35.2, pre-trained 35.6",
+    ),
+    # Sec. 5.2, Figure 7 and 8: less data
+    "r50-gn-35k": Recipe(
+        subset=35_000,
+        iterations=SCHEDULES["9x"],
+        iterations_pretrained=SCHEDULES["6x"],
+        learning_rate=0.04,
+        decay=0.02,
+        min_sizes=AUGMENTED_MORE,
+        paper="bbox: random 36.3, pre-trained 36.3",
+    ),
+    "r50-gn-10k": small(10_000, 220_000, 60_000, "bbox: random 25.9, pre-trained 26.0"),
+    "r50-gn-3.5k": small(3_500, 100_000, 30_000, "bbox: random 9.3, pre-trained 16.0"),
+    "r50-gn-1k": small(1_000, 40_000, 10_000, "bbox: random 3.5, pre-trained 9.9"),
+    # Sec. 5.2: PASCAL VOC, Faster R-CNN, trainval2007 + train2012, tested on val2012
+    "r101-gn-voc": Recipe(
+        backbone="resnet101",
+        masks=False,
+        dataset="voc",
+        iterations=144_000,
+        iterations_pretrained=18_000,
+        tails=ninths(144_000),
+        tails_pretrained=ninths(18_000),
+        min_sizes=AUGMENTED,
+        paper="mAP at IoU 0.5: random 77.6, pre-trained 82.7",
+    ),
 }
+
+
+class Stopped(Exception):
+    """The run ends early and in order; the message says why. `code` is the exit code."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
 
 
 class UsageError(ValueError):
@@ -153,12 +281,14 @@ def scale_to_batch(recipe, batch_size):
     def scaled(iterations):
         return max(1, round(iterations / ratio))
 
-    return dataclasses.replace(
+    return replace(
         recipe,
         batch_size=batch_size,
         learning_rate=recipe.learning_rate * ratio,
         iterations=scaled(recipe.iterations),
         tails=tuple(scaled(tail) for tail in recipe.tails),
+        cascade_iterations=recipe.cascade_iterations and scaled(recipe.cascade_iterations),
+        one_x=scaled(recipe.one_x),
         warmup_iterations=max(recipe.warmup_iterations, scaled(recipe.warmup_iterations)),
         eval_every=scaled(recipe.eval_every),
         checkpoint_every=scaled(recipe.checkpoint_every),
@@ -261,16 +391,27 @@ def checkpoints_in(out):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write atomically: a file of that name is always complete, whatever dies at whatever moment."""
+    """Write atomically: a file of that name is always complete, whatever dies at whatever moment.
+
+    Raises Stopped when it cannot be written; earlier checkpoints stay as they are.
+    """
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the renaming itself, should the machine die
-    os.close(folder)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the renaming itself, should the machine die
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise Stopped(f"The checkpoint {path} could not be written ({reason}); the ones before it are intact: "
+                      "make room and --resume.", code=1) from None  # fmt: skip
 
 
 class Log:
@@ -297,14 +438,6 @@ class Log:
 # ------------------------------------------------------------------------------------------------
 # The loop
 # ------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """The run ends early and in order; the message says why. `code` is the exit code."""
-
-    def __init__(self, message, code):
-        super().__init__(message)
-        self.code = code
 
 
 class StopRequest:
@@ -343,8 +476,11 @@ def peak_memory(device):
 
 
 def make_datasets(recipe, root):
-    """Training and validation set below the folder `root`, in COCO's layout."""
+    """Training and validation set below the folder `root`, in COCO's layout or VOC's."""
     root = Path(root)
+    if recipe.dataset == "voc":
+        train_set = data.VocDataset(root, [("VOC2007", "trainval"), ("VOC2012", "train")], training=True)
+        return train_set, data.VocDataset(root, [("VOC2012", "val")])
     kind = "person_keypoints" if recipe.keypoints else "instances"
     return [
         data.CocoDataset(
@@ -353,12 +489,13 @@ def make_datasets(recipe, root):
             training=split == "train",
             masks=recipe.masks,
             keypoints=bool(recipe.keypoints),
+            subset=recipe.subset if split == "train" else None,
         )
         for split in ("train", "val")
     ]
 
 
-def make_model(recipe, num_classes):
+def make_model(recipe, num_classes, cascade=False):
     """The recipe's model with random weights (every process has seeded torch alike)."""
     return detector.build_model(
         recipe.backbone,
@@ -366,9 +503,29 @@ def make_model(recipe, num_classes):
         num_classes,
         masks=recipe.masks,
         keypoints=recipe.keypoints,
+        cascade=cascade,
         freeze_at=recipe.freeze_at,
         **recipe.model,
     )
+
+
+def grow_to_cascade(model, optimizer, recipe):
+    """The model as a three-stage cascade, with an optimizer for it (Sec. 5.1 "Enhanced baselines").
+
+    Stages 2 and 3 start as copies of stage 1; momentum is kept for everything but them.
+    """
+    grown = make_model(recipe, model.config["num_classes"], cascade=True)
+    state = model.state_dict()
+    for name in list(state):
+        if name.startswith("box_heads.0."):
+            for stage in (1, 2):
+                state[name.replace("box_heads.0", f"box_heads.{stage}")] = state[name]
+    grown.load_state_dict(state)
+    grown.data_settings = model.data_settings
+    grown.to(model.image_mean.device).train()
+    grown_optimizer = make_optimizer(grown, recipe)
+    set_momentum(grown, grown_optimizer, momentum_of(model, optimizer))
+    return grown, grown_optimizer
 
 
 def print_header(recipe, run, model, train_set, val_set, world_size, device):
@@ -382,6 +539,15 @@ def print_header(recipe, run, model, train_set, val_set, world_size, device):
         f"Data      {run.data}: {len(train_set):,} training images ({train_set.num_dropped:,} without a "
         f"usable object left out), {len(train_set.classes)} classes, {len(val_set):,} validation images"
     )
+    if run.resume:
+        there = run.resume
+        print(f"Resumes   {there['path']}, after iteration {there['iteration']:,}")
+        if (there["batch_size"], there["world_size"]) != (recipe.batch_size, world_size):
+            print(
+                f"          written by {there['world_size']} process(es) with {there['batch_size']} images a batch: "
+                "the images seen, the rate and the weights continue; which images share a batch, and so the "
+                "weights from here on, are no longer those of an undisturbed run"
+            )
     print(f"Device    {device}, torch {torch.__version__}, seed {run.seed}; everything goes to {run.out}")
 
 
@@ -407,6 +573,30 @@ def describe_schedule(recipe, run, world_size, num_images):
         )
     if run.stop is not None and run.stop < recipe.iterations:
         lines.append(f"Stops     after iteration {run.stop:,} (--iterations), the schedule unchanged")
+    return "\n".join(lines)
+
+
+def describe_samples(recipe, objects=7.3, pixels=800 * 1067):
+    """Figure 2: images, instances and pixels that a run sees, beside pre-training and fine-tuning.
+
+    objects: instances an image; pixels: of a training image as the loader makes it. The defaults are
+    COCO's: 7.3 annotated objects an image, and 640 x 480, its commonest size, resized to 800 x 1067.
+    """
+    imagenet = 1.28e6 * 100  # 100 epochs of one-object images, 224 x 224
+    fine_tuning = 2 * SCHEDULES["1x"] * 16
+    rows = {
+        "this run": [recipe.iterations * recipe.batch_size * x for x in (1, objects, pixels, 800 * 1333)],
+        "ImageNet, 100 epochs": [imagenet, imagenet, imagenet * 224**2, imagenet * 224**2],
+        "  + fine-tuning 2x": [
+            imagenet + fine_tuning,
+            imagenet + fine_tuning * 7.3,
+            imagenet * 224**2 + fine_tuning * 800 * 1067,
+            imagenet * 224**2 + fine_tuning * 800 * 1333,
+        ],
+    }
+    lines = [f"{'Samples seen (Figure 2)':24}{'images':>10}{'instances':>11}{'pixels':>10}{'at 800x1333':>13}"]
+    for name, (images, instances, seen, counted) in rows.items():
+        lines.append(f"{name:24}{images / 1e6:>9.1f}M{instances / 1e6:>10.1f}M{seen / 1e12:>9.2f}T{counted / 1e12:>12.2f}T")
     return "\n".join(lines)
 
 
@@ -467,16 +657,19 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
     torch.manual_seed(run.seed)  # the same initial weights on every process
 
     train_set, val_set = make_datasets(recipe, run.data)
-    model = make_model(recipe, len(train_set.classes))
+    cascade = bool(run.resume) and run.resume["model_config"]["cascade"]
+    model = make_model(recipe, len(train_set.classes), cascade)
     model.data_settings = {
         "min_size": recipe.test_size,
         "max_size": recipe.max_size,
         "classes": train_set.classes,
         "category_ids": train_set.category_ids,
     }
-    iteration = 0
+    iteration = first_image = 0
     if run.resume:
-        iteration = run.resume["iteration"]
+        # With another batch size: as many iterations of it as make the images seen so far.
+        first_image = run.resume["iteration"] * run.resume["batch_size"]
+        iteration = first_image // recipe.batch_size
         detector.fill(model, run.resume["model"], [], run.resume["path"], verbose=False)
     elif run.init != "random":
         detector.load_weights(model, run.init, verbose=main)
@@ -499,9 +692,16 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
         world_size,
         run.workers,
         start_iteration=iteration,
+        first_image=first_image,
         min_sizes=recipe.min_sizes,
         max_size=recipe.max_size,
     )
+
+    # Kept for good: where the rate drops, where shorter schedules leave this one, the switch to the
+    # cascade and the end. Shorter schedules share this run until their own first drop.
+    milestones = {recipe.iterations - tail for tail in recipe.tails} | {last}
+    milestones |= {n * recipe.one_x - recipe.tails[0] for n in range(1, recipe.iterations // recipe.one_x)}
+    milestones |= {recipe.iterations - recipe.cascade_iterations}
 
     def save():
         checkpoint = {
@@ -517,7 +717,6 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
         }
         save_checkpoint(checkpoint_path(out, iteration), checkpoint)
-        milestones = {recipe.iterations - tail for tail in recipe.tails} | {last}
         for path in checkpoints_in(out)[:-2]:
             if int(path.stem.split("_")[1]) not in milestones:
                 path.unlink()
@@ -545,6 +744,9 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             logged_at, logged_time = iteration, time.perf_counter()
         if iteration >= last:
             break
+        if recipe.iterations - iteration <= recipe.cascade_iterations and not model.config["cascade"]:
+            model, optimizer = grow_to_cascade(model, optimizer, recipe)
+            ddp = wrap(model, device, world_size)
 
         rate = learning_rate(iteration, recipe)
         for group in optimizer.param_groups:
@@ -578,8 +780,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
                 log.write(record | {"images_per_second": round(speed, 3), "peak_memory_mb": memory})
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
 
-        milestone = recipe.iterations - iteration in recipe.tails
-        if stop or milestone or iteration % recipe.checkpoint_every == 0 or iteration == last:
+        if stop or iteration in milestones or iteration % recipe.checkpoint_every == 0:
             alarm.read()
             if main:
                 save()
@@ -619,6 +820,7 @@ def parse_arguments(arguments):
     add("--norm", choices=["gn", "syncbn", "bn", "frozen_bn"], help="another normalization than the recipe's")
     add("--freeze-at", type=int, metavar="N", help="train nothing in the first N of stem, res2, res3, ... "
         "(default: 0 from random weights, 2 when fine-tuning)")  # fmt: skip
+    add("--subset", type=positive, metavar="N", help="train on N images only: the same ones on every machine")
     add("--images-per-gpu", type=positive, metavar="N", help="images per process; the rate and the schedule are "
         "scaled with the batch (default: the recipe's, 2 on COCO)")  # fmt: skip
     add("--iterations", type=positive, metavar="N", help="stop after N; never changes the schedule")
@@ -626,6 +828,8 @@ def parse_arguments(arguments):
     add("--workers", type=int, default=2, metavar="N", help="processes that load images, for each GPU")
     add("--seed", type=int, default=0, metavar="N", help="of weights, order of images, flips, sampling")
     add("--device", metavar="D", help="cuda or cpu (default: cuda if there is one)")
+    add("--from", dest="trunk", metavar="DIR", help="branch off a longer run of the same recipe: continue its "
+        "checkpoint from before the first drop of this schedule, through this schedule's own tails")  # fmt: skip
     add("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     add("--list", action="store_true", help="show the recipes with the paper's AP, and exit")
     add("--dry-run", action="store_true", help="show the plan, and exit; needs no data")
@@ -652,16 +856,19 @@ def make_recipe(args):
     changes = {}
     if args.init != "random":
         changes["iterations"] = recipe.iterations_pretrained
+        changes["tails"] = recipe.tails_pretrained
         changes["freeze_at"] = recipe.freeze_at_pretrained
     if args.schedule:
-        changes["iterations"] = SCHEDULES[args.schedule] // SCHEDULES["1x"] * recipe.one_x
+        changes["iterations"] = int(args.schedule[:-1]) * recipe.one_x
     if args.norm:
         changes["norm"] = args.norm
     if args.freeze_at is not None:
         changes["freeze_at"] = args.freeze_at
+    if args.subset:
+        changes["subset"] = args.subset
     if args.images_per_gpu:
         changes["images_per_gpu"] = args.images_per_gpu
-    return dataclasses.replace(recipe, **changes)
+    return replace(recipe, **changes)
 
 
 def start_processes(args):
@@ -697,20 +904,30 @@ def run_command(args):
     if args.dry_run:
         world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
         scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
-        print(describe_schedule(scaled, args, world_size, 117_266))
+        if args.data is None:  # COCO train2017: 117,266 images with an object that is no crowd
+            print(describe_schedule(scaled, args, world_size, 117_266))
+            print(describe_samples(scaled))
+        else:
+            train_set, _ = make_datasets(recipe, args.data)
+            print(describe_schedule(scaled, args, world_size, len(train_set)))
+            print(describe_samples(scaled, *data.average_sample(train_set, recipe.min_sizes, recipe.max_size)))
         return
 
     rank, world_size, device = start_processes(args)
     args.recipe = dataclasses.asdict(recipe)
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     if args.eval_every:
-        recipe = dataclasses.replace(recipe, eval_every=args.eval_every)
+        recipe = replace(recipe, eval_every=args.eval_every)
 
     found = checkpoints_in(args.out)
     if found and not args.resume:
         raise UsageError(f"{args.out} holds a run already ({found[-1].name}); give --resume to continue it, "
                          "or another --out.")  # fmt: skip
-    args.resume = read_checkpoint(found[-1], args, recipe, world_size) if found else None
+    args.resume = None
+    if found:
+        args.resume = read_checkpoint(found[-1], args)
+    elif args.trunk:
+        args.resume = read_trunk(args, recipe)
     if args.data is None:
         if not args.name.startswith("toy"):
             raise UsageError(f"The recipe {args.name} needs --data DIR, a folder in COCO's layout.")
@@ -719,23 +936,64 @@ def run_command(args):
             data.make_toy_coco(args.data)
         if world_size > 1:
             dist.barrier()
+    if world_size > 1:  # machines that do not share --out would resume different things
+        start = torch.tensor([args.resume["iteration"] if args.resume else 0], device=device)
+        starts = [torch.zeros_like(start) for _ in range(world_size)]
+        dist.all_gather(starts, start)
+        if len({int(x) for x in starts}) > 1:
+            raise UsageError(f"The processes do not see the same checkpoints in {args.out}; it must be a folder that "
+                             "all machines share.")  # fmt: skip
     train(recipe, args, rank, world_size, device)
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
-def read_checkpoint(path, args, recipe, world_size):
+def read_checkpoint(path, args, may_differ=()):
     """The checkpoint to resume from. Raises UsageError if it is one of another run."""
     _, kind, checkpoint = detector.read_weights(path)
     if kind != "own":
         raise detector.WeightsError(f"{path} is not a checkpoint of train.py.")
-    theirs = checkpoint["recipe"]
-    ours = args.recipe | {"name": args.name}
-    differ = [k for k in ours if json.dumps(theirs.get(k)) != json.dumps(ours[k])]
-    if checkpoint["seed"] != args.seed:
-        differ.append("seed")
+    theirs = checkpoint["recipe"] | {"seed": checkpoint["seed"]}
+    ours = args.recipe | {"name": args.name, "seed": args.seed}
+    may_differ = (*may_differ, "images_per_gpu")  # how many processes share a batch is no setting
+    differ = [k for k in ours if k not in may_differ and json.dumps(theirs.get(k)) != json.dumps(ours[k])]
     if differ:
-        raise UsageError(f"{path} is a checkpoint of another run: {', '.join(differ)} differ; give the same "
+        values = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differ)
+        raise UsageError(f"{path} is a checkpoint of another run, which differs in {values}; give the same "
                          "arguments, or another --out.")  # fmt: skip
     return checkpoint | {"path": path}
+
+
+def read_trunk(args, recipe):
+    """The last checkpoint that this run's schedule shares with the longer run in args.trunk.
+
+    All schedules of a recipe are one until their own first drop, for the tails have the same length
+    whatever the total. Raises UsageError where that is not so.
+    """
+    if recipe.cascade_iterations:
+        raise UsageError(
+            f"{args.name} cannot branch off a trunk: it is switched to a cascade a fixed time before its end, "
+            "which is earlier than the trunk's; train it from the start."
+        )
+    found = checkpoints_in(args.trunk)
+    if not found:
+        raise UsageError(f"--from {args.trunk}: there is no checkpoint in that folder.")
+    checkpoints = [int(path.stem.split("_")[1]) for path in found]
+    first_drop = recipe.iterations - recipe.tails[0]
+    shared = [i for i in checkpoints if i <= first_drop]
+    if not shared:
+        raise UsageError(f"--from {args.trunk}: its first checkpoint, {checkpoints[0]:,}, is after the first drop "
+                         f"of this schedule at {first_drop:,}.")  # fmt: skip
+    path = checkpoint_path(args.trunk, shared[-1])
+    checkpoint = read_checkpoint(path, args, may_differ=("iterations",))
+    if checkpoint["batch_size"] != recipe.batch_size:
+        raise UsageError(f"--from {args.trunk}: it was trained with {checkpoint['batch_size']} images a batch, this "
+                         f"run has {recipe.batch_size}; use the same.")  # fmt: skip
+    scaled = replace(recipe, iterations=round(checkpoint["recipe"]["iterations"] * recipe.one_x
+                                              / checkpoint["recipe"]["one_x"]))  # fmt: skip
+    if shared[-1] > scaled.iterations - scaled.tails[0]:
+        raise UsageError(f"--from {args.trunk}: it is the shorter run; branch off a longer one.")
+    return checkpoint
 
 
 def main(arguments=None):
@@ -755,9 +1013,6 @@ def main(arguments=None):
     except (data.DataError, detector.WeightsError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 

@@ -44,7 +44,7 @@ def coco_mini():
 
 
 def write_coco(folder, width=60, height=40, **changes):
-    """A data set of one grey image (id 7) with one object (id 5, category 3) -> CocoDataset's paths."""
+    """A data set of one grey image (id 7) with one object (id 5) -> CocoDataset's two paths."""
     Image.new("RGB", (width, height), (90, 90, 90)).save(folder / "a.png")
     content = {
         "images": [{"id": 7, "file_name": "a.png", "width": width, "height": height}],
@@ -95,8 +95,8 @@ def extent(mask):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("min_size", [23, 40, 57, 133])
 def test_image_box_mask_and_keypoints_move_together(tmp_path, min_size, flip):
-    # A white rectangle on black, off the centre; once as a polygon, once as RLE; its left eye in the
-    # upper left pixel, its right one in the lower right.
+    # A white rectangle on black, off the centre, once as a polygon, once as RLE; its left eye in
+    # the upper left pixel, its right one in the lower right.
     width, height = 64, 40
     x1, y1, x2, y2 = 7, 12, 31, 33
     mask = np.zeros((height, width), dtype=np.uint8, order="F")
@@ -220,11 +220,11 @@ def make_bad_image(folder, kind):
         path.write_bytes(stream.getvalue()[:-3000])
     elif kind == "no image":
         path.write_text("hello")
-    elif kind == "bomb":  # 60,000 x 60,000 black pixels in a few hundred bytes of header
+    elif kind == "bomb":  # a header that promises 10,000 x 10,000 pixels, of which PIL only warns
         stream = io.BytesIO()
         Image.new("1", (8, 8)).save(stream, "PNG")
         header = bytearray(stream.getvalue())
-        header[16:24] = (60_000).to_bytes(4, "big") * 2
+        header[16:24] = (10_000).to_bytes(4, "big") * 2
         header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
         path.write_bytes(header)
     elif kind == "postscript":
@@ -247,7 +247,7 @@ def make_bad_image(folder, kind):
 
 @pytest.mark.parametrize("kind, message", [
     ("truncated", "truncated"), ("no image", "cannot be read"), ("bomb", "pixels"),
-    ("postscript", "cannot be read"), ("missing", "does not exist"), ("link", "leads out of"),
+    ("postscript", "cannot identify"), ("missing", "does not exist"), ("link", "leads out of"),
     ("dots", "leads out of"), ("absolute", "leads out of"), ("null", "leads out of")])
 def test_bad_image_files(tmp_path, kind, message):
     write_coco(tmp_path)
@@ -416,7 +416,8 @@ def test_sampler_shows_every_image_once_an_epoch_in_groups_of_one_orientation():
         flat = sorted(itertools.chain(*indices))
         assert set(flat) == set(range(17)) and len(flat) == 20  # 3 to top two groups up
         epochs.append(indices)
-    assert epochs[0] != epochs[1]
+    # New groups, not only a new order of the same.
+    assert set(map(frozenset, epochs[0])) != set(map(frozenset, epochs[1]))
     assert batches != take(data.BatchSampler(dataset, 4, seed=4), 10)
 
 
@@ -567,12 +568,13 @@ def test_toy_is_a_function_of_the_seed_and_written_once(toy, tmp_path):
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
 
-def test_toy_interrupted_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module, function", [(json, "dump"), (os, "rename")])
+def test_toy_interrupted_leaves_nothing(tmp_path, monkeypatch, module, function):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.json, "dump", interrupt)
+        patch.setattr(module, function, interrupt)
         with pytest.raises(KeyboardInterrupt):
             data.make_toy_coco(tmp_path / "toy", 1, 1)
     assert list(tmp_path.iterdir()) == []

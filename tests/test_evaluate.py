@@ -29,7 +29,7 @@ CATEGORY_IDS = [3, 7]
 
 
 def paste_by_hand(mask, box, height, width):
-    """Detectron2's rule pixel by pixel in float64; also how far each pixel is from the threshold."""
+    """Values of Detectron2's rule, pixel by pixel in float64."""
     size = mask.shape[0]
     padded = np.zeros((size + 2, size + 2))
     padded[1:-1, 1:-1] = mask
@@ -77,7 +77,8 @@ def test_masks_are_pasted_where_the_formula_says(threshold):
     masks[3] = 1  # full, also at the edges
     pasted = evaluate.paste_masks(masks, boxes, 30, 40, threshold)
     assert pasted.dtype == torch.bool and pasted.shape == (len(boxes), 30, 40)
-    assert pasted[0].any() and not pasted[4:7].any() and pasted[7].sum() <= 1 and not pasted[9].any()
+    assert pasted[0].any() and not pasted[4:7].any() and pasted[7].sum() <= 1
+    assert not pasted[9].any()
     for mask, box, got in zip(masks.double().numpy(), boxes.double().tolist(), pasted.numpy()):
         if box[0] == box[2]:
             continue
@@ -85,6 +86,13 @@ def test_masks_are_pasted_where_the_formula_says(threshold):
         clear = np.abs(values - threshold) > 1e-5
         assert clear.mean() > 0.99
         np.testing.assert_array_equal(got[clear], (values >= threshold)[clear])
+
+
+def test_a_pixel_centre_on_the_edge_of_the_box_belongs_to_it():
+    pasted = evaluate.paste_masks(torch.ones(1, 28, 28), torch.tensor([[2.5, 3, 30.5, 31]]), 40, 40)
+    expected = torch.zeros(40, 40, dtype=torch.bool)
+    expected[3:31, 2:31] = True  # exactly 0.5 at columns 2 and 30, and Detectron2 says >=
+    assert torch.equal(pasted[0], expected)
 
 
 def test_run_lengths_of_the_window_are_those_of_the_image():
@@ -113,10 +121,12 @@ class Oracle(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.config = {"num_classes": 2, "masks": masks, "keypoints": keypoints}
         self.data_settings = {"min_size": 96, "max_size": 200, "classes": CLASSES}
+        self.calls = 0
         self.detections = detections  # first pixel's red value -> detections at full size
 
     def forward(self, images):
         assert not self.training
+        self.calls += 1
         results = []
         for image in images:
             found = dict(self.detections[int(image[0, 0, 0])])
@@ -255,6 +265,7 @@ def evaluate_in_process(rank, root, detections):
     )
     model = Oracle(detections)
     metrics = evaluate.evaluate(model, open_tiny(root), root / "two", rank, 2, workers=0)
+    assert model.calls == 2  # of the four images
     (root / f"metrics_{rank}.json").write_text(json.dumps(metrics))
     torch.distributed.destroy_process_group()
 
@@ -361,8 +372,8 @@ def test_voc_data_sets_are_scored_by_voc_rules(tmp_path):
 class Seer(nn.Module):
     """Stands in for MaskRCNN: sees a red rectangle in an image wherever and however large it is.
 
-    Its mask is the left half, its first keypoint the nose in the middle, its second and third the
-    eyes: "left" is the right one in the image (as we look at a person), a quarter from the edges.
+    Its mask is the yellow half; its first keypoint, the nose, is in the middle; its second and
+    third, the left and right eye, a quarter from the edges: the left one is on the image's right.
     """
 
     config = {"num_classes": 1, "masks": True, "keypoints": 17, "box_score_thresh": 0.05}
@@ -379,10 +390,8 @@ class Seer(nn.Module):
 
     def features(self, image):
         red = image[0].float() > 128
-        mirrored = bool(image[1].float()[red].argmax() > 0) and bool(
-            image[1][:, red.any(0)][:, -3].max() > 128
-        )
-        return [red, mirrored]
+        yellow = image[1][:, red.any(0)].float().mean(dim=0)
+        return [red, bool(yellow[-3] > yellow[2])]
 
     def proposals(self, features, sizes):
         rows = features[0].any(1).nonzero()[:, 0]
@@ -394,6 +403,7 @@ class Seer(nn.Module):
         return [(torch.tensor([[0.2, 0.8]]), boxes[0][:, None])]
 
     def postprocess(self, scores, boxes):
+        self.united = boxes[:, 0]
         best = scores[:, 1].argmax()
         return {
             "boxes": boxes[best],
@@ -402,6 +412,8 @@ class Seer(nn.Module):
         }
 
     def mask_probabilities(self, features, boxes, labels):
+        seen = self.proposals(features, None)[0][0]
+        assert (boxes[0] - seen).abs().max() < 2.5  # the final box, in the pixels of this view
         mask = torch.zeros(1, 28, 28)
         mask[:, :, :14] = 1
         return [mask.flip(-1) if features[1] else mask]
@@ -437,6 +449,8 @@ def test_all_views_see_the_same_boxes_masks_and_keypoints():
     found = evaluate.predict(model, image, tta=True)
     shorter = [80, 80] + [s for scale in evaluate.TTA_SCALES for s in [scale // 10] * 2]
     assert [min(shape) for shape in model.seen] == shorter * 2
+    own_box = torch.tensor([32.0, 24.0, 96.0, 72.0]) * 80 / 120
+    assert model.united.shape == (18, 4) and (model.united - own_box).abs().max() < 1.5
     for detections in (plain, found):
         box = torch.tensor([[32.0, 24.0, 96.0, 72.0]])
         assert (detections["boxes"] - box).abs().max() < 1
@@ -529,7 +543,8 @@ def test_predictions_are_in_the_images_own_pixels():
         expected = torch.tensor([[20.0, 30.0, 76.0, 86.0], [150.0, 100.0, 160.0, 120.0]])
         torch.testing.assert_close(detections["boxes"], expected)
         assert detections["masks"].shape == (2, 120, 160)
-        assert detections["masks"][0].sum() == 56 * 56 and detections["masks"][0, 30:86, 20:76].all()
+        assert detections["masks"][0].sum() == 56 * 56
+        assert detections["masks"][0, 30:86, 20:76].all()
 
 
 def test_pictures_show_boxes_and_names_and_small_images_are_enlarged(tmp_path):
@@ -542,6 +557,7 @@ def test_pictures_show_boxes_and_names_and_small_images_are_enlarged(tmp_path):
     assert changed[73, 97:287].all()  # the upper edge of the box
     assert not changed[:, :90].any() and not changed[:60].any()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    (tmp_path / "a_detections.png").touch()
     assert evaluate.find_images([tmp_path]) == [tmp_path / "a.png"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(data.DataError, match="no image"):
@@ -579,15 +595,17 @@ def test_curves(tmp_path, monkeypatch, capsys):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
+    assert evaluate.main(["--plot", "run", "--out", "figure.xyz"]) == 2
     for wrong in ([], ["--data", "x"], ["--weights", "x"], ["--images", "a", "--plot", "b"]):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(wrong)
         assert stop.value.code == 2
     assert evaluate.main(["--weights", str(tmp_path / "no.pt"), "--data", str(tmp_path)]) == 1
+    assert evaluate.main(["--weights", "w", "--data", str(tmp_path), "--device", "mps"]) == 2
     capsys.readouterr()
 
     model = Oracle(tiny_coco(tmp_path))
-    monkeypatch.setattr(evaluate.models, "load_model", lambda path: model)
+    monkeypatch.setattr(evaluate.detector, "load_model", lambda path, verbose: model)
     out = str(tmp_path / "out")
     arguments = ["--weights", "w", "--data", str(tmp_path), "--out", out, "--workers", "0"]
     assert evaluate.main([*arguments, "--per-class"]) == 0
@@ -597,7 +615,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert evaluate.main(["--weights", "w", "--images", *images, "--out", out]) == 0
     assert "bar" in capsys.readouterr().out
     assert (tmp_path / "out" / "10_detections.png").exists()
-    assert evaluate.main(["--weights", "w", "--data", str(tmp_path / "none"), "--device", "cpu"]) == 1
+    assert evaluate.main(["--weights", "w", "--data", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -123,15 +123,6 @@ def test_large_means_do_not_cost_the_variance():
     torch.testing.assert_close(norm.running_var.double(), unbiased, atol=0, rtol=1e-3)
 
 
-def test_a_constant_channel_stays_finite_whatever_its_value():
-    # E[x^2] - E[x]^2 of a constant c is c^2 * (0 +- 2e-16): below -eps for c = 1e6, and no rsqrt.
-    x = torch.full((2, CHANNELS, 7, 9), 1e6 / 3).mul_(torch.arange(1.0, 6.0)[:, None, None])
-    norm = SyncBatchNorm(CHANNELS)
-    y = norm(x.requires_grad_())
-    y.square().sum().backward()
-    assert y.isfinite().all() and x.grad.isfinite().all() and (norm.running_var >= 0).all()
-
-
 @pytest.mark.parametrize("kind", ["syncbn", "bn"])
 def test_a_batch_without_elements_changes_no_statistics(kind):
     norm = randomize(make_norm(kind, CHANNELS))

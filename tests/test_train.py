@@ -1,0 +1,351 @@
+"""train.py: the schedule in the paper's numbers, the optimizer, DDP, and whole runs of 6 steps."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from test_norms import run_processes
+
+import data
+import evaluate
+import model as detector
+import train
+from train import RECIPES, Recipe, learning_rate, scale_to_batch
+
+NARROW = dict(
+    blocks=(1, 1, 1, 1), stem_width=32, width_per_group=32, fpn_channels=32, box_head_convs=1,
+    box_head_channels=32, box_head_fc_channels=64, mask_head_convs=1, mask_head_channels=32,
+    rpn_pre_nms_top_n_train=50, rpn_post_nms_top_n_train=30,
+)  # fmt: skip
+
+# -- The schedule --------------------------------------------------------------------------------
+
+
+def rates(recipe, *iterations):
+    return [learning_rate(i, recipe) for i in iterations]
+
+
+def test_the_rate_drops_where_the_paper_says():
+    recipe = RECIPES["r50-gn"]
+    assert (recipe.iterations, recipe.batch_size) == (540_000, 16)
+    at = rates(recipe, 500, 479_999, 480_000, 519_999, 520_000, 539_999)
+    assert at == pytest.approx([0.02, 0.02, 0.002, 0.002, 0.0002, 0.0002], rel=1e-12)
+    # the last 60k and 20k, whatever the total: so 2x drops at 120k and 160k
+    recipe = train.replace(recipe, iterations=train.SCHEDULES["2x"])
+    at = rates(recipe, 119_999, 120_000, 159_999, 160_000)
+    assert at == pytest.approx([0.02, 0.002, 0.002, 0.0002], rel=1e-12)
+
+
+def test_warm_up_is_linear_from_a_third():
+    at = rates(RECIPES["r50-gn"], 0, 250, 499, 500)
+    expected = [0.02 / 3, 0.02 * 2 / 3, 0.02 * (1 - 2 / 3 / 500), 0.02]
+    assert at == pytest.approx(expected, rel=1e-12)
+
+
+def test_linear_scaling_keeps_the_number_of_images():
+    large = scale_to_batch(RECIPES["r50-gn"], 64)
+    assert (large.iterations, large.tails, large.warmup_iterations) == (135_000, (15_000, 5_000), 500)
+    at = rates(large, 119_999, 120_000, 129_999, 130_000)
+    assert at == pytest.approx([0.08, 0.008, 0.008, 0.0008], rel=1e-12)
+    small = scale_to_batch(RECIPES["r50-gn"], 2)
+    assert (small.iterations, small.tails) == (4_320_000, (480_000, 160_000))
+    assert small.warmup_iterations == 4_000
+    assert small.learning_rate == pytest.approx(0.0025, rel=1e-12)
+
+
+def test_what_cannot_work_is_refused():
+    recipe = RECIPES["r50-gn"]
+    with pytest.raises(train.UsageError, match="50,000 .* tail of 60,000"):
+        train.check(train.replace(recipe, iterations=50_000), from_random=True)
+    with pytest.raises(train.UsageError, match="Frozen BN.*pre-trained"):
+        train.check(train.replace(recipe, norm="frozen_bn"), from_random=True)
+    with pytest.raises(train.UsageError, match="freeze_at 2.*random"):
+        train.check(train.replace(recipe, freeze_at=2), from_random=True)
+    train.check(train.replace(recipe, norm="frozen_bn", freeze_at=2), from_random=False)
+    for name in RECIPES:  # and the table's own rows all work, both ways
+        for init in ("random", "weights.pth"):
+            args = train.parse_arguments(["--recipe", name, "--init", init])
+            train.check(train.make_recipe(args), from_random=init == "random")
+
+
+# -- The optimizer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm, freeze_at", [("gn", 0), ("syncbn", 2), ("frozen_bn", 2)])
+def test_every_parameter_is_in_its_group(norm, freeze_at):
+    model = detector.build_model(norm=norm, freeze_at=freeze_at, keypoints=17, **NARROW)
+    recipe = Recipe(weight_decay=1e-4)
+    weights, gammas, biases = train.make_optimizer(model, recipe).param_groups
+    assert [g["rate"] for g in (weights, gammas, biases)] == [1, 1, 2]
+    assert [g["weight_decay"] for g in (weights, gammas, biases)] == [1e-4, 0, 0]
+    assert all(g["momentum"] == 0.9 and not g["nesterov"] for g in (weights, gammas, biases))
+    place = {id(p): i for i, g in enumerate((weights, gammas, biases)) for p in g["params"]}
+    assert sum(len(g["params"]) for g in (weights, gammas, biases)) == len(place)  # none twice
+    for name, parameter in model.named_parameters():
+        frozen = freeze_at and name.startswith(("backbone.stem", "backbone.res2"))
+        expected = 2 if name.endswith("bias") else 1 if ".norm." in name else 0
+        assert place.pop(id(parameter), None) == (None if frozen else expected), name
+    assert not place
+    assert bool(gammas["params"]) == (norm != "frozen_bn")
+
+
+# -- Two processes -------------------------------------------------------------------------------
+
+
+def ddp_model():
+    torch.manual_seed(0)
+    return detector.build_model(
+        num_classes=3, rpn_batch_size_per_image=5000, box_batch_size_per_image=400,
+        rpn_positive_fraction=0.9, box_positive_fraction=0.9, **NARROW,
+    ).train()  # fmt: skip
+
+
+def ddp_example(rank):
+    g = torch.Generator().manual_seed(rank)
+    image = torch.rand(3, 64, 96, generator=g)
+    boxes = torch.tensor([[5.0, 5, 40, 60], [30, 10, 90, 50]]) + rank
+    masks = torch.rand(2, 64, 96, generator=g) < 0.5
+    return [image], [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks, "seed": rank}]
+
+
+def gradients(model, example):
+    sum(model(*example).values()).backward()
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+
+
+def _ddp_worker(rank, folder):
+    ddp = train.wrap(ddp_model(), torch.device("cpu"), 2)
+    torch.save(gradients(ddp, ddp_example(rank)), f"{folder}/{rank}.pth")
+
+
+def test_ddp_gradients_are_the_mean_of_the_images_gradients(tmp_path):
+    # GN, images of one size, all anchors and RoIs sampled: nothing depends on the process. Each
+    # process divides its losses by its own counts, so that what DDP averages are image means.
+    run_processes(_ddp_worker, str(tmp_path))
+    own = [gradients(ddp_model(), ddp_example(rank)) for rank in range(2)]
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pth")
+        assert together.keys() == own[0].keys()
+        for name, gradient in together.items():
+            expected = (own[0][name] + own[1][name]) / 2
+            scale = expected.abs().max().item()
+            assert scale > 0, name
+            torch.testing.assert_close(gradient, expected, atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
+# -- Whole runs ----------------------------------------------------------------------------------
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """command(out, ...) runs train.py on 8 generated images with a recipe of 6 iterations."""
+    folder = tmp_path_factory.mktemp("train")
+    data.make_toy_coco(folder / "coco", train_images=8, val_images=4)
+    recipe = Recipe(
+        model=NARROW | {"box_score_thresh": 0.0, "box_detections_per_img": 5},
+        iterations=STEPS, tails=(3, 1), batch_size=2, warmup_iterations=2,
+        min_sizes=(64, 80), max_size=96, test_size=64, eval_every=2, checkpoint_every=100, log_every=1,
+    )  # fmt: skip
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "tiny", recipe)
+
+        def run(out, *arguments):
+            fixed = ["--recipe", "tiny", "--data", str(folder / "coco"), "--workers", "0"]
+            return train.main([*fixed, "--device", "cpu", "--out", str(folder / out), *arguments])
+
+        run.folder = folder
+        yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole_run(command):
+    """An uninterrupted run; the rate of each parameter group at each step."""
+    seen = []
+    step = torch.optim.SGD.step
+
+    def record(optimizer, *arguments):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", record)
+        assert command("whole") == 0
+    return command.folder / "whole", seen
+
+
+def read_log(out):
+    """The log without what depends on the machine."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    machine = ("images_per_second", "peak_memory_mb")
+    return [{k: v for k, v in record.items() if k not in machine} for record in records]
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same, tensors to the bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+def test_a_run_leaves_log_and_checkpoint(whole_run):
+    out, group_rates = whole_run
+    log = read_log(out)
+    steps = [record for record in log if "loss" in record]
+    assert [record["iteration"] for record in steps] == list(range(1, STEPS + 1))
+    # the loop gives each group its rate: biases twice the others
+    recipe = RECIPES["tiny"]
+    lr = rates(recipe, *range(STEPS))
+    assert lr == pytest.approx([0.02 / 3, 0.02 * 2 / 3, 0.02, 0.002, 0.002, 0.0002])
+    assert [record["lr"] for record in steps] == lr
+    assert group_rates == [[rate, rate, 2 * rate] for rate in lr]
+    names = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+    for record in steps:
+        assert record["loss"] == pytest.approx(sum(record[n] for n in names), abs=1e-5)
+        assert set(record) == names | {"iteration", "lr", "loss"}
+    evaluations = [record for record in log if "bbox" in record]
+    assert [record["iteration"] for record in evaluations] == [2, 4, 6]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(evaluations[-1]["segm"])
+    # plain data and tensors: nothing has to be executed to read it
+    checkpoint = torch.load(train.checkpoints_in(out)[-1], weights_only=True)
+    assert checkpoint["iteration"] == STEPS and len(checkpoint["data"]["classes"]) == 5
+    assert checkpoint["momentum"].keys() == {n for n in checkpoint["model"] if "image_" not in n}
+    assert any((out / "pictures").iterdir())
+
+
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not(command, whole_run, monkeypatch):
+    whole, _ = whole_run
+    rate = train.learning_rate
+
+    def terminated(iteration, recipe):
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(iteration, recipe)
+
+    monkeypatch.setattr(train, "learning_rate", terminated)
+    assert command("resumed") == 0
+    out = command.folder / "resumed"
+    last = train.checkpoints_in(out)[-1]
+    stopped_at = torch.load(last)["iteration"]
+    assert 2 < stopped_at < STEPS
+    monkeypatch.undo()
+    with open(out / "log.jsonl", "a") as file:  # what a killed run leaves: later steps, half a line
+        file.write(json.dumps({"iteration": stopped_at + 1, "loss": 1.0}) + '\n{"iteration": 9, "lo')
+    (out / "checkpoint_0000099.tmp").write_bytes(b"half a checkpoint")
+    assert command("resumed") == 2  # never over another run without being told
+    assert command("resumed", "--resume") == 0
+    assert read_log(out) == read_log(whole)
+    ours, expected = (torch.load(train.checkpoints_in(o)[-1]) for o in (out, whole))
+    assert ours["iteration"] == expected["iteration"] == STEPS
+    for part in ("model", "momentum"):
+        assert same(ours[part], expected[part]), part
+    assert command("resumed", "--resume", "--seed", "1") == 2
+
+
+@pytest.mark.parametrize("bad", [3, 5])  # before an evaluation without a checkpoint; the last step
+def test_a_loss_that_is_not_finite_stops_the_run(command, monkeypatch, capsys, bad):
+    losses, evaluation = detector.MaskRCNN.losses, evaluate.evaluate
+    ids, evaluated = [], []
+
+    def broken(self, features, sizes, targets):
+        result = losses(self, features, sizes, targets)
+        ids.append([t["image_id"] for t in targets])
+        if len(ids) == bad + 1:
+            result["loss_mask"] = result["loss_mask"] * float("nan")
+        return result
+
+    def counted(*arguments, **named):
+        evaluated.append(len(ids))
+        return evaluation(*arguments, **named)
+
+    monkeypatch.setattr(detector.MaskRCNN, "losses", broken)
+    monkeypatch.setattr(evaluate, "evaluate", counted)
+    assert command(f"nan-{bad}") == 1
+    error = capsys.readouterr().err
+    assert all(str(int(i)) in error for i in ids[bad]) and f"step {bad} " in error
+    for path in train.checkpoints_in(command.folder / f"nan-{bad}"):
+        checkpoint = torch.load(path)
+        assert checkpoint["iteration"] <= bad
+        for part in ("model", "momentum"):
+            assert all(value.isfinite().all() for value in checkpoint[part].values())
+    assert max(evaluated) <= bad  # nobody waits an hour for the AP of weights that are not numbers
+
+
+def test_checkpoints_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = train.checkpoint_path(tmp_path, 7)
+    train.save_checkpoint(path, {"weights": torch.zeros(3)})
+
+    def dies(*_):
+        raise KeyboardInterrupt  # between writing and renaming
+
+    monkeypatch.setattr(train.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.save_checkpoint(path, {"weights": torch.ones(3)})
+    monkeypatch.undo()
+    assert torch.equal(torch.load(path)["weights"], torch.zeros(3))
+    assert train.checkpoints_in(tmp_path) == [path]  # what is half written does not count
+
+    def full(checkpoint, file):
+        file.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.torch, "save", full)
+    with pytest.raises(train.Stopped, match="No space left"):
+        train.save_checkpoint(path, {"weights": torch.ones(3)})
+    assert torch.equal(torch.load(path)["weights"], torch.zeros(3))
+
+
+# -- The command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--recipe", "r5000"], "r50-gn"),  # the names that there are
+        (["--images-per-gpu", "0"], "--images-per-gpu"),
+        (["--schedule", "12x"], "11x"),
+        (["--norm", "frozen_bn"], "Frozen BN"),
+        (["--freeze-at", "2"], "freeze_at 2"),
+        (["--recipe", "r50-gn"], "--data"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_use_is_exit_code_2(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = train.main([*arguments])
+    except SystemExit as stop:  # argparse's own way
+        code = stop.code
+    assert code == 2 and says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # refused before anything was made
+
+
+@pytest.mark.parametrize(
+    "option, name", [("--data", "no/coco"), ("--init", "no.pth"), ("--init", "broken.pth")]
+)
+def test_bad_data_is_one_sentence_and_exit_code_1(command, option, name, tmp_path, capsys):
+    path = tmp_path / name
+    if "broken" in name:
+        path.write_bytes(b"PK\3\4 but no weights")
+    code = command("bad", option, str(path))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert code == 1 and len(error) == 1 and str(path) in error[0]
+    assert not (command.folder / "bad").exists()
+
+
+def test_the_plan_is_shown_without_data(capsys):
+    assert train.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in RECIPES) and "41.3" in listed
+    assert train.main(["--recipe", "r50-gn", "--schedule", "6x", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    for fact in ("540,000 iterations", "480,000", "520,000", "73.7 epochs", "0.002", "16 images"):
+        assert fact in plan

@@ -1,0 +1,804 @@
+"""Weights in and out: files with the names and shapes of the public ones, and files that must not load.
+
+The names are made here by rule, on their own, and not from model.NAMES: a mistake in that table
+shows. What Detectron2 computes with such weights is the business of test_agreement.py.
+"""
+
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import data
+import evaluate
+import model as detector
+import train
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = {"R50": (3, 4, 6, 3), "R101": (3, 4, 23, 3)}
+
+# ------------------------------------------------------------------------------------------------
+# The names and shapes of public files
+# ------------------------------------------------------------------------------------------------
+
+
+def bottlenecks(blocks, stem, groups, per_group):
+    """(stage, block, part, shape) of every convolution; part: 0 is the shortcut, 1..3 the others."""
+    inputs = stem
+    for i, count in enumerate(blocks):
+        width, outputs = groups * per_group * 2**i, 4 * stem * 2**i
+        for j in range(count):
+            if j == 0:
+                yield i + 2, j, 0, (outputs, inputs, 1, 1)
+            yield i + 2, j, 1, (width, inputs, 1, 1)
+            yield i + 2, j, 2, (width, width // groups, 3, 3)
+            yield i + 2, j, 3, (outputs, width, 1, 1)
+            inputs = outputs
+
+
+def caffe2_shapes(depth, kind, stem=64):
+    """Names and shapes of Detectron's R-50-GN.pkl, ... (kind: "gn", "affine", "unfolded")."""
+    suffixes = {
+        "gn": ("gn_s", "gn_b"),
+        "affine": ("bn_s", "bn_b"),
+        "unfolded": ("bn_gamma", "bn_beta", "bn_running_mean", "bn_running_var"),
+    }[kind]
+    shapes = {"conv1_w": (stem, 3, 7, 7)}
+    first = "conv1" if kind == "gn" else "res_conv1"
+    shapes |= {f"{first}_{suffix}": (stem,) for suffix in suffixes}
+    for i, j, part, shape in bottlenecks(BLOCKS[depth], stem, 1, stem):
+        name = f"res{i}_{j}_branch" + ("1", "2a", "2b", "2c")[part]
+        shapes[f"{name}_w"] = shape
+        shapes |= {f"{name}_{suffix}": shape[:1] for suffix in suffixes}
+    if kind == "gn":
+        return shapes | {"pred_w": (1000, 32 * stem), "pred_b": (1000,)}
+    return shapes | {"fc1000_w": (1000, 32 * stem), "fc1000_b": (1000,), "conv1_b": (stem,)}
+
+
+def detectron2_shapes(
+    depth, norm, groups=1, per_group=None, stem=64, channels=256, fc=1024, classes=80,
+    masks=True, keypoints=0, cascade=False, keypoint_channels=512,
+):  # fmt: skip
+    """Names and shapes of a detector's state dict in Detectron2 (norm: "GN", "SyncBN", "FrozenBN")."""
+    shapes = {}
+    statistics = {
+        "GN": ("weight", "bias"),
+        "SyncBN": ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+        "FrozenBN": ("weight", "bias", "running_mean", "running_var"),
+    }[norm]
+
+    def norm_shapes(name, width):
+        return {f"{name}.norm.{s}": () if s == "num_batches_tracked" else (width,) for s in statistics}
+
+    def layer(name, shape, normalized=norm != "FrozenBN", bias=None):
+        shapes[f"{name}.weight"] = shape
+        if normalized:
+            shapes.update(norm_shapes(name, shape[0]))
+        else:
+            shapes[f"{name}.bias"] = (bias or shape[0],)
+
+    def plain(name, shape, bias=None):
+        layer(name, shape, normalized=False, bias=bias)
+
+    body = "backbone.bottom_up."
+    layer(body + "stem.conv1", (stem, 3, 7, 7), True)
+    for i, j, part, shape in bottlenecks(BLOCKS[depth], stem, groups, per_group or stem):
+        layer(f"{body}res{i}.{j}." + ("shortcut", "conv1", "conv2", "conv3")[part], shape, True)
+    for i in (2, 3, 4, 5):
+        layer(f"backbone.fpn_lateral{i}", (channels, stem * 2**i, 1, 1))
+        layer(f"backbone.fpn_output{i}", (channels, channels, 3, 3))
+    plain("proposal_generator.rpn_head.conv", (channels, channels, 3, 3))
+    plain("proposal_generator.rpn_head.objectness_logits", (3, channels, 1, 1))
+    plain("proposal_generator.rpn_head.anchor_deltas", (12, channels, 1, 1))
+    for stage in (".0", ".1", ".2") if cascade else ("",):
+        head = f"roi_heads.box_head{stage}."
+        if norm == "FrozenBN":
+            plain(head + "fc1", (fc, channels * 49))
+            plain(head + "fc2", (fc, fc))
+        else:
+            for k in (1, 2, 3, 4):
+                layer(f"{head}conv{k}", (channels, channels, 3, 3))
+            plain(head + "fc1", (fc, channels * 49))
+        predictor = f"roi_heads.box_predictor{stage}."
+        plain(predictor + "cls_score", (classes + 1, fc))
+        plain(predictor + "bbox_pred", (4 if cascade else 4 * classes, fc))
+    if masks:
+        for k in (1, 2, 3, 4):
+            layer(f"roi_heads.mask_head.mask_fcn{k}", (channels, channels, 3, 3))
+        plain("roi_heads.mask_head.deconv", (channels, channels, 2, 2))
+        plain("roi_heads.mask_head.predictor", (classes, channels, 1, 1))
+    if keypoints:
+        inputs = channels
+        for k in range(1, 9):
+            plain(f"roi_heads.keypoint_head.conv_fcn{k}", (keypoint_channels, inputs, 3, 3))
+            inputs = keypoint_channels
+        name = "roi_heads.keypoint_head.score_lowres"
+        plain(name, (keypoint_channels, keypoints, 4, 4), bias=keypoints)
+    return shapes
+
+
+# The public detectors, by what of them can be told from names and shapes.
+PUBLIC = {
+    "R50 GN (scratch 3x, 9x; fine-tuned)": dict(depth="R50", norm="GN"),
+    "R50 SyncBN (scratch 9x; fine-tuned)": dict(depth="R50", norm="SyncBN"),
+    "R50 FrozenBN": dict(depth="R50", norm="FrozenBN"),
+    "R101 FrozenBN": dict(depth="R101", norm="FrozenBN"),
+    "X101 FrozenBN": dict(depth="R101", norm="FrozenBN", groups=32, per_group=8),
+    "R50 keypoints": dict(depth="R50", norm="FrozenBN", masks=False, keypoints=17, classes=1),
+    "R50 cascade": dict(depth="R50", norm="FrozenBN", cascade=True),
+}
+NARROW = dict(stem=32, channels=32, fc=32, keypoint_channels=32)
+EXPECTED = {
+    "R50 GN (scratch 3x, 9x; fine-tuned)": dict(backbone="resnet50", norm="gn", stride_in_1x1=False),
+    "R50 SyncBN (scratch 9x; fine-tuned)": dict(backbone="resnet50", norm="syncbn", stride_in_1x1=False),
+    "R50 FrozenBN": dict(backbone="resnet50", norm="frozen_bn", stride_in_1x1=True),
+    "R101 FrozenBN": dict(backbone="resnet101", norm="frozen_bn", stride_in_1x1=True),
+    "X101 FrozenBN": dict(backbone="resnext101_32x8d", norm="frozen_bn", stride_in_1x1=False),
+    "R50 keypoints": dict(backbone="resnet50", norm="frozen_bn", box_smooth_l1_beta=0.5),
+    "R50 cascade": dict(backbone="resnet50", norm="frozen_bn", box_class_agnostic=True),
+}  # fmt: skip
+
+
+def filled(shapes, seed=0):
+    """Arrays of these shapes: every number is another, variances are positive."""
+    random = np.random.default_rng(seed)
+    arrays = {}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            arrays[name] = np.array(7, np.int64)
+            continue
+        array = random.normal(0, 0.1, shape).astype(np.float32)
+        if name.endswith(("running_var", "gamma", "_s", "norm.weight")):
+            array = np.abs(array) + 0.5
+        arrays[name] = array.astype(np.float32)
+    return arrays
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes as Python 2 and its numpy did: protocol 2, arrays as byte strings, numpy.core."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, text):
+        text_bytes = text.encode("ascii") if isinstance(text, str) else text
+        self.write(pickle.BINSTRING + struct.pack("<i", len(text_bytes)) + text_bytes)
+        self.memoize(text)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+    def save_global(self, obj, name=None):
+        module = obj.__module__.replace("numpy._core", "numpy.core")
+        self.write(pickle.GLOBAL + f"{module}\n{name or obj.__name__}\n".encode())
+        self.memoize(obj)
+
+
+def write_python2(path, content):
+    with open(path, "wb") as file:
+        Python2Pickler(file, protocol=2).dump(content)
+    return path
+
+
+def write_pickle(path, content, protocol=2):
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def small_model(norm="gn", **arguments):
+    """A narrow detector with nothing left at 0 or 1, so that every mistake shows."""
+    widths = dict(
+        num_classes=5, blocks=(1, 2, 1, 1), stem_width=32, width_per_group=32, fpn_channels=32,
+        box_head_channels=32, box_head_fc_channels=32, mask_head_channels=32,
+        keypoint_head_channels=32, box_score_thresh=0.01,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = detector.build_model(norm=norm, **widths | arguments)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("running_var"):
+            value.data.uniform_(0.5, 1.5)
+        elif value.is_floating_point() and not name.startswith("image_"):
+            value.data.add_(0.05 * torch.randn_like(value))
+    return model.eval()
+
+
+def outputs(model):
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, 90, 120, generator=generator), torch.rand(3, 128, 70, generator=generator)]
+    with torch.no_grad():
+        return model(images)
+
+
+def assert_same(first, second):
+    """Equal to the bit, and not because there is nothing."""
+    assert len(first) == len(second) and len(first[0]["boxes"]) > 0
+    for a, b in zip(first, second):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+# ------------------------------------------------------------------------------------------------
+# torchvision
+# ------------------------------------------------------------------------------------------------
+
+
+def torchvision_resnet(groups=1, width_per_group=64):
+    """A torchvision ResNet of little depth with trained-looking batch norms."""
+    torch.manual_seed(0)
+    block = torchvision.models.resnet.Bottleneck
+    theirs = torchvision.models.ResNet(
+        block, [2, 1, 1, 1], groups=groups, width_per_group=width_per_group
+    ).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_mean):
+                value.data.add_(0.2 * torch.randn_like(value))
+            module.running_var.uniform_(0.5, 2)
+    return theirs
+
+
+@pytest.mark.parametrize("norm", ["bn", "syncbn", "frozen_bn"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_torchvision_resnet(tmp_path, norm, zipped):
+    groups = {"groups": 32, "width_per_group": 8} if zipped else {}
+    theirs = torchvision_resnet(**groups)
+    path = tmp_path / "resnet.pth"
+    torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    small = dict(fpn_channels=32, box_head_fc_channels=8, mask_head_channels=32, num_classes=2)
+    ours = detector.build_model(norm=norm, blocks=(2, 1, 1, 1), **groups, **small).eval()
+    detector.load_weights(ours, path)
+    image = torch.rand(3, 64, 96)
+    with torch.no_grad():
+        batch, _ = ours.batch([image])
+        mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        torch.testing.assert_close(batch[0], (image - mean) / std)
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(batch))))
+        for level, stage in zip(ours.backbone(batch), ("layer1", "layer2", "layer3", "layer4")):
+            x = getattr(theirs, stage)(x)
+            torch.testing.assert_close(level, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+
+
+def test_torchvision_vgg16(tmp_path):
+    width, fc = 8, 16
+    plan = [1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M"]
+    layers = torchvision.models.vgg.make_layers([n if n == "M" else n * width for n in plan])
+    state = {f"features.{name}": value for name, value in layers.state_dict().items()}
+    fcs = {0: nn.Linear(8 * width * 49, fc), 3: nn.Linear(fc, fc), 6: nn.Linear(fc, 1000)}
+    for i, layer in fcs.items():
+        state |= {f"classifier.{i}.{name}": value for name, value in layer.state_dict().items()}
+    torch.save(state, tmp_path / "vgg16.pth")
+    sizes = dict(stem_width=width, box_head_fc_channels=fc, num_classes=2)
+    ours = detector.build_model("vgg16", "none", masks=False, **sizes)
+    detector.load_weights(ours, tmp_path / "vgg16.pth")
+    x = torch.rand(2, 3, 64, 96)
+    torch.testing.assert_close(ours.backbone(x)[0], layers[:-1](x))
+    pooled = torch.rand(3, 8 * width, 7, 7)
+    hidden = fcs[3](fcs[0](pooled.flatten(1)).relu()).relu()
+    torch.testing.assert_close(ours.box_heads[0](pooled)[0], ours.box_heads[0].classifier(hidden))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnext101_32x8d", "vgg16"])
+def test_torchvision_names_and_shapes(name):
+    """Every name and shape of the real files, without their numbers."""
+    with torch.device("meta"):
+        state = torchvision.models.get_model(name, weights=None).state_dict()
+        norm = "none" if name == "vgg16" else "syncbn"
+        ours = detector.build_model(name, norm, masks=False).state_dict()
+        model = detector.build_model(name, norm, masks=False)
+    found, unused = detector.translate(state, "torchvision", model)
+    assert {n for n in ours if n.startswith("backbone.")} <= found.keys()
+    assert all(found[n].shape == ours[n].shape for n in found)
+    last = "classifier.6" if name == "vgg16" else "fc"
+    assert unused == [f"{last}.bias", f"{last}.weight"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Detectron's ImageNet pickles
+# ------------------------------------------------------------------------------------------------
+
+
+def our_convs(model):
+    """(ConvNorm, Caffe2 name) of a ResNet's layers, by rule."""
+    yield model.backbone.stem, "conv1"
+    for i in (2, 3, 4, 5):
+        for j, block in enumerate(getattr(model.backbone, f"res{i}")):
+            if block.shortcut is not None:
+                yield block.shortcut, f"res{i}_{j}_branch1"
+            for letter, conv in zip("abc", (block.conv1, block.conv2, block.conv3)):
+                yield conv, f"res{i}_{j}_branch2{letter}"
+
+
+@pytest.mark.parametrize(
+    "depth, kind, norm",
+    [
+        ("R50", "gn", "gn"),
+        ("R101", "gn", "gn"),
+        ("R50", "affine", "frozen_bn"),
+        ("R50", "unfolded", "frozen_bn"),
+        ("R50", "unfolded", "syncbn"),
+        ("R50", "unfolded", "bn"),
+    ],
+)
+def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
+    blobs = filled(caffe2_shapes(depth, kind, stem=32))
+    content = {
+        "gn": {"blobs": blobs, "cfg": "MODEL: {}"},
+        "affine": blobs,  # flat, as some of Detectron's own
+        "unfolded": {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True},
+    }[kind]
+    path = write_python2(tmp_path / "weights.pkl", content)
+    model = small_model(norm, blocks=BLOCKS[depth])
+    rpn = model.rpn.conv.weight.clone()
+    detector.load_weights(model, path)
+    said = capsys.readouterr().out
+    unused = "2 in the file not used (pred)" if kind == "gn" else "3 in the file not used (conv1, fc1000)"
+    assert unused in said and "left at their initialization (fpn, rpn, box_heads, mask_head)" in said
+    assert torch.equal(model.rpn.conv.weight, rpn)
+    mean = torch.tensor([122.7717, 115.9465, 102.9801]) / 255
+    torch.testing.assert_close(model.image_mean.flatten(), mean)
+    torch.testing.assert_close(model.image_std.flatten(), torch.full((3,), 1 / 255))
+    for layer, name in our_convs(model):
+        weight = torch.from_numpy(blobs[f"{name}_w"])
+        if name == "conv1":
+            weight = weight[:, [2, 1, 0]]  # BGR
+        assert torch.equal(layer.conv.weight, weight), name
+        if name == "conv1" and kind != "gn":
+            name = "res_conv1"
+        x = torch.randn(2, len(weight), 2, 3)
+        blob = {n.removeprefix(f"{name}_"): torch.from_numpy(v)[:, None, None]
+                for n, v in blobs.items() if n.startswith(f"{name}_") and v.ndim == 1}  # fmt: skip
+        if kind == "gn":
+            expected = nn.functional.group_norm(x, 32, blob["gn_s"].flatten(), blob["gn_b"].flatten())
+        elif kind == "affine":
+            expected = x * blob["bn_s"] + blob["bn_b"]
+        else:
+            expected = (x - blob["bn_running_mean"]) / (blob["bn_running_var"] + 1e-5).sqrt()
+            expected = expected * blob["bn_gamma"] + blob["bn_beta"]
+        torch.testing.assert_close(layer.norm(x), expected)
+
+
+@pytest.mark.parametrize("depth", ["R50", "R101"])
+@pytest.mark.parametrize("kind, norm", [("gn", "gn"), ("affine", "frozen_bn"), ("unfolded", "syncbn")])
+def test_detectron_names_and_shapes(depth, kind, norm):
+    with torch.device("meta"):
+        state = {name: torch.empty(shape) for name, shape in caffe2_shapes(depth, kind).items()}
+        model = detector.build_model({"R50": "resnet50", "R101": "resnet101"}[depth], norm)
+    found, unused = detector.translate(state, "caffe2", model)
+    ours = model.state_dict()
+    missing = [n for n in ours if n.startswith("backbone.") and n not in found]
+    assert all(n.endswith("num_batches_tracked") for n in missing)
+    assert all(found[n].shape == ours[n].shape for n in found)
+    assert len(unused) == (2 if kind == "gn" else 3)
+
+
+def test_folded_statistics_need_a_frozen_norm(tmp_path):
+    """MSRA's file: fine where BN is frozen, by its kind or by freeze_at, and refused where it trains."""
+    path = write_python2(tmp_path / "R-50.pkl", filled(caffe2_shapes("R50", "affine", stem=32)))
+    blocks = BLOCKS["R50"]
+    detector.load_weights(small_model("frozen_bn", blocks=blocks), path)
+    detector.load_weights(small_model("frozen_bn", blocks=blocks, freeze_at=2), path)
+    detector.load_weights(small_model("syncbn", blocks=blocks, freeze_at=5), path)
+    for norm, freeze_at in (("syncbn", 0), ("syncbn", 2), ("bn", 2), ("syncbn", 4)):
+        with pytest.raises(detector.WeightsError, match="not its statistics.*frozen_bn"):
+            detector.load_weights(small_model(norm, blocks=blocks, freeze_at=freeze_at), path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Detectron2's detectors
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_detectron2_names_and_shapes(name):
+    """At the real widths: the architecture is inferred, every tensor finds its place, none is left."""
+    shapes = detectron2_shapes(**PUBLIC[name])
+    with torch.device("meta"):
+        state = {n: torch.empty(shape) for n, shape in shapes.items()}
+        config = detector.infer_config(state)
+        model = detector.build_model(**config)
+    classes = PUBLIC[name].get("classes", 80)
+    expected = EXPECTED[name] | {
+        "num_classes": classes,
+        "masks": PUBLIC[name].get("masks", True),
+        "keypoints": PUBLIC[name].get("keypoints", 0),
+        "cascade": PUBLIC[name].get("cascade", False),
+        "roi_sampling_ratio": 0,
+    }
+    assert {key: model.config[key] for key in expected} == expected
+    # Nothing but what the file does not say differs from the model that the command line would build.
+    keys = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
+    with torch.device("meta"):
+        plain = detector.build_model(**{key: model.config[key] for key in keys}).config
+    differ = {key for key in plain if plain[key] != model.config[key]}
+    assert differ <= {"stride_in_1x1", "roi_sampling_ratio", "rpn_smooth_l1_beta",
+                      "box_smooth_l1_beta", "mask_head_convs", "keypoint_head_convs"}  # fmt: skip
+    found, unused = detector.translate(state, "detectron2", model)
+    ours = model.state_dict()
+    assert not unused and found.keys() == ours.keys()
+    assert all(found[n].shape == ours[n].shape for n in ours)
+    assert detector.to_detectron2(model).keys() - {"pixel_mean", "pixel_std"} == shapes.keys()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_detectron2_files(tmp_path, capsys, name, suffix):
+    narrow = dict(NARROW)
+    if PUBLIC[name]["depth"] == "R101":
+        narrow["stem"] = 32 if suffix == ".pkl" else 64
+    shapes = detectron2_shapes(**PUBLIC[name] | narrow | {"classes": PUBLIC[name].get("classes", 5)})
+    # The zoo's files of 2019 and 2020 hold the anchors, too.
+    for i in range(5):
+        shapes[f"proposal_generator.anchor_generator.cell_anchors.{i}"] = (3, 4)
+    arrays = filled(shapes)
+    path = tmp_path / f"model_final{suffix}"
+    if suffix == ".pkl":
+        write_pickle(path, {"model": OrderedDict(arrays), "__author__": "Detectron2 Model Zoo"})
+    else:
+        tensors = OrderedDict((n, torch.from_numpy(a)) for n, a in arrays.items())
+        torch.save({"model": tensors, "optimizer": {}, "scheduler": {}, "iteration": 269999}, path)
+    model = detector.load_model(path)
+    said = capsys.readouterr().out
+    assert "0 left at their initialization, 5 in the file not used (proposal_generator)" in said
+    expected = EXPECTED[name]
+    assert f"norm={expected['norm']}" in said and "Assumed   stride_in_1x1=" in said
+    assert not model.training
+    outputs(model)
+
+    # By hand, where a conversion takes place.
+    assert torch.equal(model.backbone.stem.conv.weight.flip(1),
+                       torch.from_numpy(arrays["backbone.bottom_up.stem.conv1.weight"]))  # fmt: skip
+    stage = ".2" if model.config["cascade"] else ""
+    head = model.box_heads[-1]
+    scores = arrays[f"roi_heads.box_predictor{stage}.cls_score.weight"]
+    assert np.array_equal(head.classifier.weight[1:].numpy(force=True), scores[:-1])
+    assert np.array_equal(head.classifier.weight[0].numpy(force=True), scores[-1])
+    biases = arrays[f"roi_heads.box_predictor{stage}.cls_score.bias"]
+    assert np.array_equal(head.classifier.bias.numpy(force=True), np.roll(biases, 1))
+    deltas = arrays[f"roi_heads.box_predictor{stage}.bbox_pred.weight"]
+    assert np.array_equal(head.regressor.weight.numpy(force=True), deltas)
+    if model.mask_head:
+        masks = arrays["roi_heads.mask_head.predictor.weight"]
+        assert np.array_equal(model.mask_head.predictor.weight.numpy(force=True), masks)
+    mean = torch.tensor([123.675, 116.28, 103.53]) / 255
+    torch.testing.assert_close(model.image_mean.flatten(), mean)
+    torch.testing.assert_close(model.image_std.flatten(), torch.full((3,), 1 / 255))
+
+
+def test_what_a_file_does_not_say_can_be_given(tmp_path, capsys):
+    shapes = detectron2_shapes("R50", "GN", **NARROW, classes=5)
+    path = write_pickle(tmp_path / "a.pkl", {"model": filled(shapes), "__author__": "me"})
+    std = (0.25, 0.5, 0.125)
+    model = detector.load_model(path, image_std=std, stride_in_1x1=True, roi_sampling_ratio=2)
+    assert tuple(model.image_std.flatten().tolist()) == model.config["image_std"] == std
+    assert model.config["stride_in_1x1"] and model.config["roi_sampling_ratio"] == 2
+    assumed = re.search("Assumed.*", capsys.readouterr().out)[0]
+    assert "image_mean" in assumed and "image_std" not in assumed and "stride" not in assumed
+    # Files of 2020 and later may hold the statistics (BGR, 0..255); they count then.
+    arrays = filled(shapes)
+    arrays["pixel_mean"] = np.float32([[[103.53]], [[116.28]], [[123.675]]])
+    arrays["pixel_std"] = np.float32([[[57.375]], [[57.12]], [[58.395]]])
+    path = write_pickle(tmp_path / "b.pkl", {"model": arrays, "__author__": "me"})
+    model = detector.load_model(path)
+    torch.testing.assert_close(
+        model.image_std.flatten(), torch.tensor([58.395, 57.12, 57.375]) / 255
+    )
+    assert "image_" not in re.search("Assumed.*", capsys.readouterr().out)[0]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickle_protocols_and_attributes(tmp_path, protocol):
+    """Files that people make themselves: newer protocols, a state dict's _metadata, old numpy."""
+    arrays = filled(detectron2_shapes("R50", "SyncBN", **NARROW, classes=5))
+    state = OrderedDict(arrays)
+    state._metadata = OrderedDict([("", {"version": 1})])
+    extra = {"iteration": np.int64(3), "lr": np.float32(0.5), "names": ["a", ("b", None)], "flag": True}
+    first = write_pickle(tmp_path / "a.pkl", {"model": state, "__author__": "me", **extra}, protocol)
+    second = write_python2(tmp_path / "b.pkl", {"model": arrays, "__author__": "me"})
+    one, two = (detector.load_model(p, verbose=False).state_dict() for p in (first, second))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert one["backbone.stem.norm.num_batches_tracked"] == 7
+    content = detector.read_file(first)
+    assert content["iteration"] == 3 and content["lr"] == 0.5 and content["names"] == ["a", ("b", None)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Round trips
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "norm, arguments",
+    [
+        ("gn", {}),
+        ("syncbn", {}),
+        ("bn", {"image_std": (0.2, 0.3, 0.4), "image_mean": (0.1, 0.2, 0.7)}),
+        ("frozen_bn", {"stride_in_1x1": True}),
+        ("frozen_bn", {"cascade": True}),
+        ("gn", {"keypoints": 17, "masks": False, "num_classes": 1}),
+    ],
+)
+def test_round_trip_through_detectron2(tmp_path, norm, arguments):
+    """Our model in Detectron2's names and back: the same outputs to the bit."""
+    model = small_model(norm, **arguments)
+    expected = outputs(model)
+    state = detector.to_detectron2(model)
+    torch.save({"model": state}, tmp_path / "a.pth")
+    write_pickle(tmp_path / "a.pkl", {"model": {n: t.numpy() for n, t in state.items()},
+                                      "__author__": "me"})  # fmt: skip
+    said = {"roi_sampling_ratio": 2, "box_score_thresh": 0.01, "norm": norm}
+    said["stride_in_1x1"] = model.config["stride_in_1x1"]
+    for name in ("a.pth", "a.pkl"):
+        assert_same(outputs(detector.load_model(tmp_path / name, **said)), expected)
+        other = small_model(norm, **arguments | {"image_mean": (0, 0, 0)})
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        detector.load_weights(other, tmp_path / name, verbose=False)
+        assert_same(outputs(other), expected)
+    for n, tensor in detector.to_detectron2(other).items():
+        assert torch.equal(tensor, state[n]), n
+
+
+def own_checkpoint(model):
+    return {
+        "model_config": model.config,
+        "model": model.state_dict(),
+        "data": {"min_size": 96, "max_size": 128, "classes": list("abcde"), "category_ids": [1, 2, 3, 4, 5]},
+        "iteration": 3,
+    }
+
+
+@pytest.mark.parametrize("norm", ["gn", "syncbn"])
+def test_own_checkpoints(tmp_path, norm):
+    model = small_model(norm, image_mean=(0.3, 0.4, 0.5))
+    torch.save(own_checkpoint(model), tmp_path / "last.pt")
+    loaded = detector.load_model(tmp_path / "last.pt")
+    assert_same(outputs(loaded), outputs(model))
+    assert loaded.config == model.config and loaded.data_settings["min_size"] == 96
+    other = small_model(norm)
+    detector.load_weights(other, tmp_path / "last.pt", verbose=False)
+    assert_same(outputs(other), outputs(model))
+    assert detector.read_checkpoint(tmp_path / "last.pt")["iteration"] == 3
+    assert len(outputs(detector.load_model(tmp_path / "last.pt", box_score_thresh=0.99))[0]["boxes"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Files that must not load
+# ------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """A pickle of it is a program that makes the file `path`."""
+
+    def __init__(self, path, function=os.system):
+        self.path, self.function = path, function
+
+    def __reduce__(self):
+        if self.function is os.system:
+            return os.system, (f"touch {self.path}",)
+        return self.function, (f"open({str(self.path)!r}, 'w')",)
+
+
+def malicious_contents(path):
+    bad = Malicious(path)
+    hidden = np.empty(2, object)
+    hidden[:] = [bad, 0]
+    record = np.zeros(1, [("a", "f4"), ("b", "O")])
+    record["b"][0] = bad
+    return {
+        "plain": {"model": bad},
+        "builtin eval": {"model": {"a": Malicious(path, eval)}},
+        "as a key": {"model": {"a": np.zeros(2, np.float32)}, "cfg": [bad]},
+        "in an object array": {"model": {"a": hidden}},
+        "in a record array": {"blobs": {"a": record}},
+        "not in a dict": bad,
+    }
+
+
+class HiddenBehindReconstruct:
+    """numpy's _reconstruct, which makes an object of whatever class it is given."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __reduce__(self):
+        function = np.zeros(1).__reduce__()[0]
+        return function, (self.kind, (0,), b"b"), (Malicious("never"),)
+
+
+@pytest.mark.parametrize("kind", malicious_contents(Path()))
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_malicious_pickles_are_refused(tmp_path, kind, protocol):
+    trace = tmp_path / "executed"
+    content = malicious_contents(trace)[kind]
+    files = [write_pickle(tmp_path / "a.pkl", content, protocol), tmp_path / "b.pth", tmp_path / "c.pth"]
+    torch.save(content, files[1])
+    torch.save(content, files[2], _use_new_zipfile_serialization=False)
+    for path in files:
+        with pytest.raises(detector.WeightsError) as error:
+            detector.load_model(path)
+        assert_one_sentence(error, path)
+        assert not trace.exists()
+    with open(files[0], "rb") as file:  # the test is worth something: pickle does execute it
+        pickle.load(file)
+    assert trace.exists()
+
+
+def test_malicious_pickles_behind_numpy_are_refused(tmp_path):
+    trace = tmp_path / "executed"
+    reconstruct = np.zeros(1).__reduce__()[0]
+    programs = {
+        "_reconstruct of a function": (reconstruct, (os.system, f"touch {trace}")),
+        "_reconstruct of a class": (reconstruct, (subprocess.Popen, ["touch", str(trace)])),
+        "ndarray called": (np.ndarray, ((2,), "O")),
+        "dtype of objects": (np.dtype, ("O",)),
+        "dtype with a field of objects": (np.dtype, ([("a", "O")],)),
+        "scalar of objects": (np.float64(1).__reduce__()[0], (np.dtype("O"), b"")),
+    }
+    for kind, (function, arguments) in programs.items():
+
+        class Program:
+            def __reduce__(self, program=(function, arguments)):  # noqa: B039
+                return program
+
+        path = write_pickle(tmp_path / "a.pkl", {"model": {"a": Program()}})
+        with pytest.raises(detector.WeightsError) as error:
+            detector.load_model(path)
+        assert_one_sentence(error, path)
+        assert not trace.exists(), kind
+    # numpy's own functions that read files, import, or run code.
+    for name in (b"cnumpy\nload\n", b"cnumpy.core.multiarray\nfromfile\n", b"cbuiltins\ngetattr\n",
+                 b"c__builtin__\nexec\n", b"cnumpy.core.multiarray\n_reconstruct.__globals__\n"):  # fmt: skip
+        path = tmp_path / "b.pkl"
+        path.write_bytes(b"\x80\x02" + name + b".")
+        with pytest.raises(detector.WeightsError, match="which no file of weights needs"):
+            detector.load_model(path)
+
+
+def assert_one_sentence(error, path):
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and message.endswith(".")
+    assert len(message) < len(str(path)) + 250
+
+
+def bad_files(folder):
+    """(path, words of the message) of files that fit no model."""
+    good = own_checkpoint(small_model())
+    torch.save(good, folder / "good.pt")
+    whole = (folder / "good.pt").read_bytes()
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save(good, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (folder / "truncated_old.pt").write_bytes((folder / "old.pt").read_bytes()[:200_000])
+    blobs = filled(caffe2_shapes("R50", "gn", stem=32))
+    pickled = write_python2(folder / "good.pkl", blobs).read_bytes()
+    (folder / "truncated.pkl").write_bytes(pickled[: len(pickled) // 2])
+    (folder / "text.pth").write_text("<html>404: not found</html>\n")
+    (folder / "empty.pkl").write_bytes(b"")
+    write_pickle(folder / "list.pkl", [1, 2])
+    write_pickle(folder / "number.pkl", 5)
+    write_pickle(folder / "nothing.pkl", {})
+    torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, folder / "other.pth")
+    torch.save({"model": nn.Linear(2, 3).state_dict()}, folder / "linear.pth")
+    write_pickle(folder / "strings.pkl", {"model": {"res2_0_branch2a_w": np.zeros(2, ">f4")}})
+    deformable = detectron2_shapes("R50", "FrozenBN", **NARROW)
+    deformable["backbone.bottom_up.res3.0.conv2_offset.weight"] = (18, 64, 3, 3)
+    write_pickle(folder / "X152.pkl", {"model": filled(deformable), "__author__": "me"})
+    no_fpn = {n: a for n, a in filled(detectron2_shapes("R50", "FrozenBN", **NARROW)).items()
+              if "bottom_up" not in n}  # fmt: skip
+    write_pickle(folder / "C4.pkl", {"model": no_fpn, "__author__": "me"})
+    incomplete = filled(detectron2_shapes("R50", "GN", **NARROW))
+    del incomplete["roi_heads.mask_head.mask_fcn3.norm.bias"]
+    write_pickle(folder / "incomplete.pkl", {"model": incomplete, "__author__": "me"})
+    torch.save(good | {"model_config": {"backbone": "transformer"}}, folder / "config.pt")
+    unreadable = "cannot be read as weights"
+    return {
+        "missing.pth": "There is no file",
+        "": "is a folder",
+        "truncated.pt": unreadable,
+        "truncated_old.pt": unreadable,
+        "truncated.pkl": unreadable,
+        "text.pth": unreadable,
+        "empty.pkl": unreadable,
+        "list.pkl": "holds a list",
+        "number.pkl": unreadable,
+        "nothing.pkl": "names of no model known here",
+        "other.pth": "names of no model known here",
+        "linear.pth": "names of no model known here",
+        "strings.pkl": "holds an array that torch cannot read",
+        "X152.pkl": "deformable convolutions",
+        "C4.pkl": "has no 'backbone.bottom_up.res2.0.conv2.weight'",
+        "incomplete.pkl": "has no mask_head.convs.2.norm.bias",
+        "config.pt": "cannot be built: Unknown backbone 'transformer'",
+        "good.pkl": "is a backbone for fine-tuning",
+    }
+
+
+def test_bad_files_are_one_sentence(tmp_path, capsys):
+    for name, words in bad_files(tmp_path).items():
+        path = tmp_path / name
+        with pytest.raises(detector.WeightsError, match=words) as error:
+            detector.load_model(path)
+        assert_one_sentence(error, path)
+        # The same at the command line: exit code 1, the sentence, no traceback.
+        assert evaluate.main(["--weights", str(path), "--images", str(tmp_path / "a.jpg")]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("evaluate.py: ") and said.count("\n") == 1 and words in said
+
+
+@pytest.mark.parametrize(
+    "file, arguments, words",
+    [
+        ("gn.pt", dict(norm="gn", num_classes=7), r"box_heads.0.classifier.weight has shape \(6, 32\)"),
+        ("gn.pt", dict(norm="gn", fpn_channels=64), r"fpn.lateral.0.conv.weight has shape \(32, 128"),
+        ("gn.pt", dict(norm="syncbn"), "no backbone.stem.norm.running_mean"),
+        ("gn.pt", dict(norm="none"), "no backbone.stem.conv.bias"),
+        ("syncbn.pt", dict(norm="gn"), "has batch normalization"),
+        ("gn.pt", dict(norm="gn", blocks=(1, 3, 1, 1)), "no backbone.res3.2"),
+        ("gn.pt", dict(norm="none", backbone="vgg16", blocks=None), "no weights for the backbone"),
+        ("gn.pkl", dict(norm="syncbn", blocks=(3, 4, 6, 3)), "no backbone.stem.norm.running_mean"),
+        ("gn.pkl", dict(norm="frozen_bn", blocks=(3, 4, 6, 3)), "no backbone.stem.norm.running_mean"),
+        ("gn.pkl", dict(norm="gn", stem_width=64), r"backbone.stem.conv.weight has shape \(32, 3, 7, 7"),
+        ("affine.pkl", dict(norm="gn", blocks=(3, 4, 6, 3)), "has batch normalization"),
+        ("resnet.pth", dict(norm="gn", stem_width=64), "has batch normalization"),
+        ("resnet.pth", dict(norm="none", stem_width=64), "no backbone.stem.conv.bias"),
+        ("resnet.pth", dict(norm="none", backbone="vgg16", blocks=None), "no weights for the backbone"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, file, arguments, words):
+    """A file of another architecture: the message names the parameter, or what the model is."""
+    path = tmp_path / file
+    if file.endswith(".pt"):
+        torch.save(own_checkpoint(small_model(path.stem)), path)
+    elif file.endswith(".pkl"):
+        write_python2(path, filled(caffe2_shapes("R50", path.stem, stem=32)))
+    else:
+        torch.save(torchvision_resnet().state_dict(), path)
+    model = small_model(**arguments | {"masks": arguments.get("backbone") != "vgg16"})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(detector.WeightsError, match=words):
+        detector.load_weights(model, path)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "half loaded"
+
+
+def test_init_at_the_command_line(tmp_path, capsys):
+    """train.py --init with a file that cannot be used: exit code 1 and one sentence."""
+    data.make_toy_coco(tmp_path / "toy", 4, 2)
+    trace = tmp_path / "executed"
+    write_pickle(tmp_path / "malicious.pkl", {"model": Malicious(trace)})
+    (tmp_path / "text.pth").write_text("weights, honestly\n")
+    write_python2(tmp_path / "R-50-GN.pkl", filled(caffe2_shapes("R50", "gn", stem=32)))
+    for name, words in (
+        ("malicious.pkl", "names posix.system"),
+        ("text.pth", "cannot be read as weights"),
+        ("R-50-GN.pkl", "backbone"),  # the toy's backbone has other widths
+    ):
+        arguments = ["--recipe", "toy", "--data", str(tmp_path / "toy"), "--out", str(tmp_path / "run"),
+                     "--init", str(tmp_path / name), "--device", "cpu", "--workers", "0"]  # fmt: skip
+        assert train.main(arguments) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("train.py: ") and said.count("\n") == 1 and words in said
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("program", ["evaluate.py", "train.py"])
+def test_no_traceback_from_the_programs(tmp_path, program):
+    path = write_pickle(tmp_path / "bad.pkl", {"model": Malicious(tmp_path / "executed")})
+    arguments = ["--weights", path, "--images", tmp_path]
+    if program == "train.py":
+        data.make_toy_coco(tmp_path / "toy", 4, 2)
+        arguments = ["--init", path, "--data", tmp_path / "toy", "--out", tmp_path / "run",
+                     "--device", "cpu", "--workers", "0"]  # fmt: skip
+    command = [sys.executable, ROOT / program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "executed").exists()
+    assert done.stderr.splitlines()[-1].startswith(f"{program}: {path} cannot be read as weights")
+    assert "Traceback" not in done.stderr
