@@ -1052,8 +1052,8 @@ NAMES = (
 FORMATS = {"detectron2": 1, "torchvision": 2, "caffe2": 3}
 STATISTICS_NAMES = {"image_mean": "pixel_mean", "image_std": "pixel_std"}  # here, Detectron2
 
-# Mean and deviation of images, RGB in [0, 1], that go with the weights of each format where the file
-# does not say. The scratch 9x models and X-101 of Detectron2 were trained with other deviations.
+# Mean and deviation of images, RGB in [0, 1], that go with the weights of each format where the
+# file does not say. Detectron2's scratch 9x models and X-101 were trained with other deviations.
 STATISTICS = {
     "detectron2": ([123.675 / 255, 116.28 / 255, 103.53 / 255], [1 / 255] * 3),
     "torchvision": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -1080,7 +1080,7 @@ def foreign_name(name, kind, cascade=False):
 
 
 def caffe2_name(name):
-    """A name of Detectron's in one spelling: res_conv1_bn_s and conv1_gn_s are conv1_norm.weight."""
+    """Detectron's names in one spelling: res_conv1_bn_s and conv1_gn_s are conv1_norm.weight."""
     for pattern, replacement in (
         (r"^res_conv1_", "conv1_"),
         (r"_[bg]n_", "_norm_"),
@@ -1119,46 +1119,63 @@ def to_detectron2(model):
     return state
 
 
-class NamesAndTensors(dict):
+class PickledNames(dict):
     """What an OrderedDict in a pickle becomes; attributes (torch hangs some on) are left out."""
 
     def __setstate__(self, attributes):
         pass
 
 
+class PickledType:
+    """What a numpy dtype in a pickle becomes: `dtype`, a type of number."""
+
+    def __init__(self, code, *_):
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufc":
+            raise pickle.UnpicklingError(f"it holds an array of type {code!r}, not of numbers")
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PickledArray:
+    """What a numpy array in a pickle becomes: `value`, made here and not by numpy's unpickling."""
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data  # a string of Python 2
+        array = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C")
+        self.value = array.astype(kind.dtype.newbyteorder("="))
+
+    @classmethod
+    def make(cls, data, kind, shape, order="C"):
+        array = cls()
+        array.__setstate__((1, shape, kind, order == "F", data))
+        return array
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     """Reads numpy arrays and scalars, numbers, strings and containers; refuses everything else.
 
     A pickle is a program: whatever it names is imported, and what it names can be called. So only
-    the names below exist for it, and they are functions of ours that can do no harm.
+    the names below exist for it, and they are classes and functions of ours that can do no harm.
     """
 
+    ALLOWED = {
+        "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
+        "numpy.core.numeric._frombuffer": PickledArray.make,
+        "numpy.core.multiarray.scalar": lambda kind, data: PickledArray.make(data, kind, ()).value[()],
+        "numpy.ndarray": None,  # an argument of _reconstruct, never called
+        "numpy.dtype": PickledType,
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+        "collections.OrderedDict": PickledNames,
+    }
+
     def find_class(self, module, name):
-        full = f"{module}.{name}".replace("numpy._core", "numpy.core")
-        allowed = {
-            "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0, "b"),
-            "numpy.core.numeric._frombuffer": self.array,
-            "numpy.core.multiarray.scalar": lambda dtype, value: self.array(value, dtype, ())[()],
-            "numpy.ndarray": None,  # named in the arguments of _reconstruct, never called
-            "numpy.dtype": self.dtype,
-            "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-            "collections.OrderedDict": NamesAndTensors,
-        }
-        if full not in allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of weights needs")
-        return allowed[full]
-
-    @staticmethod
-    def dtype(code, *_):
-        dtype = np.dtype(code)
-        if dtype.kind not in "biufc":
-            raise pickle.UnpicklingError(f"it holds an array of type {code!r}, not of numbers")
-        return dtype
-
-    @staticmethod
-    def array(data, dtype, shape, order="C"):
-        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2
-        return np.frombuffer(data, dtype).reshape(shape, order=order)
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if full not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no weights need")
+        return self.ALLOWED[full]
 
 
 def read_file(path):
@@ -1178,29 +1195,31 @@ def read_file(path):
         reason = f"{error}".partition("\n")[0][:200].rstrip(".") or type(error).__name__
         named = re.search(r"GLOBAL (\S+)", f"{error}")
         if named:  # torch's own message goes on to say how to execute it all the same
-            reason = f"it names {named[1]}, which no file of weights needs"
+            reason = f"it names {named[1]}, which no weights need"
         raise WeightsError(f"{path} cannot be read as weights: {reason}.") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, no names and tensors.")
+        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, no tensors by name.")
     return content
 
 
 def read_weights(path):
-    """Tensors of a file by their names there, its format ("own" or one of FORMATS), and all of it."""
+    """Tensors of a file by their names there, its format ("own" or of FORMATS), and all of it."""
     content = read_file(path)
     state = content
     for key in ("model", "blobs"):
         if isinstance(content.get(key), dict):
             state = content[key]
-    try:
-        state = {
-            name: value if torch.is_tensor(value) else torch.from_numpy(np.array(value))
-            for name, value in state.items()
-            if isinstance(name, str) and (torch.is_tensor(value) or isinstance(value, np.ndarray))
-        }
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{path} holds an array that torch cannot read: {error}") from None
+    tensors = {}
+    for name, value in state.items():
+        try:
+            if isinstance(value, PickledArray):
+                value = torch.from_numpy(value.value)
+        except (AttributeError, TypeError):
+            raise WeightsError(f"{path} holds no array of numbers as {name!r:.100}.") from None
+        if isinstance(name, str) and torch.is_tensor(value):
+            tensors[name] = value
+    state = tensors
     if any("conv2_offset" in name for name in state):
         raise WeightsError(f"{path} has deformable convolutions, which this project does not have.")
     if "model_config" in content:
@@ -1234,30 +1253,26 @@ def translate(state, kind, model):
 
     Only names that the model has are translated; shapes are checked by `fill`.
     """
-    norm = model.config["norm"]
-    if norm == "gn" and any(re.search(r"_bn_|\.running_mean", name) for name in state):
-        raise WeightsError("This file has batch normalization, the model group normalization (gn).")
     if kind == "own":
         return dict(state), []
-    # MSRA's files have BN's statistics folded into its scale and shift.
-    folded = kind == "caffe2" and any(name.endswith("_bn_s") for name in state)
     if kind == "caffe2":
+        folded = any(name.endswith("_bn_s") for name in state)
         state = {caffe2_name(name): tensor for name, tensor in state.items()}
+        if folded:  # MSRA's files have BN's statistics folded into its scale and shift
+            norms = [m for m in model.backbone.modules() if hasattr(m, "running_var")]
+            if any(norm.weight.requires_grad for norm in norms):  # a frozen layer's does not
+                raise WeightsError("This file has BN's scale and shift but not its statistics, "
+                                   "which only fits a model with norm frozen_bn.")  # fmt: skip
+            for name in [name for name in state if name.endswith("_norm.weight")]:
+                module = name.removesuffix(".weight")
+                state[f"{module}.running_mean"] = torch.zeros_like(state[name])
+                state[f"{module}.running_var"] = torch.ones_like(state[name]) - 1e-5  # + eps is 1
     found, used = {}, set()
     for name in model.state_dict():
         foreign = foreign_name(name, kind, model.config["cascade"])
         if foreign in state:
             found[name] = convert(name, state[foreign], kind)
             used.add(foreign)
-    if folded:
-        for name, module in model.backbone.named_modules(prefix="backbone"):
-            if hasattr(module, "running_var"):
-                if module.weight.requires_grad:  # a frozen layer's does not, nor FrozenBatchNorm's
-                    raise WeightsError("This file has BN's scale and shift but not its statistics, "
-                                       "which only fits a model with norm frozen_bn.")  # fmt: skip
-                found.setdefault(f"{name}.running_mean", torch.zeros_like(module.running_mean))
-                var = torch.ones_like(module.running_var) - module.eps  # sqrt(var + eps) is 1
-                found.setdefault(f"{name}.running_var", var)
     for (ours, theirs), default in zip(STATISTICS_NAMES.items(), STATISTICS[kind]):
         value = torch.tensor(default, dtype=torch.float64)
         if theirs in state:
@@ -1277,9 +1292,13 @@ def fill(model, found, unused, path, verbose):
     backbone = f"{model.config['backbone']} with norm {model.config['norm']}"
     if not any(name.startswith("backbone.") for name in filled):
         raise WeightsError(f"{path} has no weights for the backbone of this model, {backbone}.")
-    lost = [name for name in left if name.startswith("backbone.")]
-    if lost:
-        raise WeightsError(f"{path} is of another backbone than {backbone}: it has no {lost[0]}.")
+    for name in left:
+        if name.startswith("backbone."):
+            raise WeightsError(f"{path} is of another backbone than {backbone}: it has no {name}.")
+    for name in unused:
+        # E.g. of a deeper ResNet, or statistics of BN where the model has GN.
+        if re.match(r"(backbone\.(?!fpn)|layer\d|features|res\d)(?!.*num_batches_tracked)", name):
+            raise WeightsError(f"{path} is of another backbone than {backbone}: it has {name}.")
     for name in filled:
         theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
         if theirs != ours:
@@ -1385,8 +1404,8 @@ def load_model(path, verbose=True, **overrides):
     """
     state, kind, content = read_weights(path)
     if kind not in ("own", "detectron2"):
-        raise WeightsError(f"{path} is a backbone for fine-tuning ({kind}), not a detector; give it "
-                           "to train.py --init, or to load_weights.")  # fmt: skip
+        raise WeightsError(f"{path} is a backbone for fine-tuning ({kind}), not a detector; give "
+                           "it to train.py --init, or to load_weights.")  # fmt: skip
     try:
         config = content["model_config"] if kind == "own" else infer_config(state)
         model = build_model(**config | overrides)

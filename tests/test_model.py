@@ -153,18 +153,19 @@ def test_sampling_counts_fractions_and_validity():
     labels[0, :300] = 1
     labels[0, 300:900] = 0
     labels[1, :10] = 2
-    labels[1, 500:520] = 0
+    labels[1, 500:700] = 0
+    labels[2, 7:9] = 0
     seeds = torch.tensor([1, 2, 3])
     index, valid = detector.sample(labels, 100, 0.25, seeds, salt=1)
     chosen = [labels[i, index[i, valid[i]]] for i in range(3)]
     assert [(c > 0).sum().item() for c in chosen] == [25, 10, 0]
-    assert [(c == 0).sum().item() for c in chosen] == [75, 20, 0]
+    assert [(c == 0).sum().item() for c in chosen] == [75, 90, 2]
     assert all((c >= 0).all() for c in chosen)
     for i in range(3):
         assert len(index[i, valid[i]].unique()) == valid[i].sum()  # nothing twice
     # a batch size above the number of candidates: all of them
     index, valid = detector.sample(labels, 5000, 0.9, seeds, salt=1)
-    assert valid.sum(dim=1).tolist() == [900, 30, 0]
+    assert valid.sum(dim=1).tolist() == [900, 210, 2]
 
 
 def test_sampling_is_a_function_of_the_seed_and_uniform():
@@ -563,6 +564,20 @@ def test_labels_count_from_one_and_boxes_belong_to_their_class():
     torch.testing.assert_close(found["boxes"][order], torch.tensor(expected), atol=1e-4, rtol=0)
     softmax = math.exp(9) / (math.exp(9) + 5)
     torch.testing.assert_close(found["scores"], torch.full((3,), softmax))
+
+
+def test_masks_are_the_maps_of_their_class():
+    model = small_model().eval()
+    with torch.no_grad():
+        model.mask_head.predictor.weight.zero_()
+        model.mask_head.predictor.bias.copy_(torch.tensor([-2.0, -1, 0, 1, 2]))  # of classes 1..5
+        features = model.features(model.batch(make_images((64, 64), (64, 64)))[0])
+        boxes = [torch.tensor([[5.0, 5, 20, 20], [9, 9, 60, 50]]), torch.tensor([[5.0, 5, 20, 20]])]
+        labels = [torch.tensor([5, 1]), torch.tensor([4])]
+        masks = model.mask_probabilities(features, boxes, labels)
+    for of_image, logits in zip(masks, ([2.0, -2.0], [1.0]), strict=True):
+        expected = torch.tensor(logits).sigmoid()[:, None, None].expand(-1, 28, 28)
+        torch.testing.assert_close(of_image, expected)
 
 
 # -- Cascade -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Weights in and out: files with the names and shapes of the public ones, and files that must not load.
+"""Weights in and out: files with the names and shapes of the public ones, and bad files.
 
 The names are made here by rule, on their own, and not from model.NAMES: a mistake in that table
 shows. What Detectron2 computes with such weights is the business of test_agreement.py.
@@ -33,7 +33,7 @@ BLOCKS = {"R50": (3, 4, 6, 3), "R101": (3, 4, 23, 3)}
 
 
 def bottlenecks(blocks, stem, groups, per_group):
-    """(stage, block, part, shape) of every convolution; part: 0 is the shortcut, 1..3 the others."""
+    """(stage, block, part, shape) of every convolution; part 0 is the shortcut."""
     inputs = stem
     for i, count in enumerate(blocks):
         width, outputs = groups * per_group * 2**i, 4 * stem * 2**i
@@ -69,7 +69,7 @@ def detectron2_shapes(
     depth, norm, groups=1, per_group=None, stem=64, channels=256, fc=1024, classes=80,
     masks=True, keypoints=0, cascade=False, keypoint_channels=512,
 ):  # fmt: skip
-    """Names and shapes of a detector's state dict in Detectron2 (norm: "GN", "SyncBN", "FrozenBN")."""
+    """Names and shapes of a detector of Detectron2 (norm: "GN", "SyncBN", "FrozenBN")."""
     shapes = {}
     statistics = {
         "GN": ("weight", "bias"),
@@ -78,7 +78,9 @@ def detectron2_shapes(
     }[norm]
 
     def norm_shapes(name, width):
-        return {f"{name}.norm.{s}": () if s == "num_batches_tracked" else (width,) for s in statistics}
+        return {
+            f"{name}.norm.{s}": () if s == "num_batches_tracked" else (width,) for s in statistics
+        }
 
     def layer(name, shape, normalized=norm != "FrozenBN", bias=None):
         shapes[f"{name}.weight"] = shape
@@ -129,8 +131,9 @@ def detectron2_shapes(
 
 # The public detectors, by what of them can be told from names and shapes.
 PUBLIC = {
-    "R50 GN (scratch 3x, 9x; fine-tuned)": dict(depth="R50", norm="GN"),
-    "R50 SyncBN (scratch 9x; fine-tuned)": dict(depth="R50", norm="SyncBN"),
+    # GN: scratch 3x and 9x, and fine-tuned; SyncBN: scratch 9x, and fine-tuned
+    "R50 GN": dict(depth="R50", norm="GN"),
+    "R50 SyncBN": dict(depth="R50", norm="SyncBN"),
     "R50 FrozenBN": dict(depth="R50", norm="FrozenBN"),
     "R101 FrozenBN": dict(depth="R101", norm="FrozenBN"),
     "X101 FrozenBN": dict(depth="R101", norm="FrozenBN", groups=32, per_group=8),
@@ -139,8 +142,8 @@ PUBLIC = {
 }
 NARROW = dict(stem=32, channels=32, fc=32, keypoint_channels=32)
 EXPECTED = {
-    "R50 GN (scratch 3x, 9x; fine-tuned)": dict(backbone="resnet50", norm="gn", stride_in_1x1=False),
-    "R50 SyncBN (scratch 9x; fine-tuned)": dict(backbone="resnet50", norm="syncbn", stride_in_1x1=False),
+    "R50 GN": dict(backbone="resnet50", norm="gn", stride_in_1x1=False),
+    "R50 SyncBN": dict(backbone="resnet50", norm="syncbn", stride_in_1x1=False),
     "R50 FrozenBN": dict(backbone="resnet50", norm="frozen_bn", stride_in_1x1=True),
     "R101 FrozenBN": dict(backbone="resnet101", norm="frozen_bn", stride_in_1x1=True),
     "X101 FrozenBN": dict(backbone="resnext101_32x8d", norm="frozen_bn", stride_in_1x1=False),
@@ -198,7 +201,8 @@ def small_model(norm="gn", **arguments):
     widths = dict(
         num_classes=5, blocks=(1, 2, 1, 1), stem_width=32, width_per_group=32, fpn_channels=32,
         box_head_channels=32, box_head_fc_channels=32, mask_head_channels=32,
-        keypoint_head_channels=32, box_score_thresh=0.01,
+        keypoint_head_channels=32, box_score_thresh=0.0, box_detections_per_img=30,
+        image_std=(0.25, 0.26, 0.27),
     )  # fmt: skip
     torch.manual_seed(0)
     model = detector.build_model(norm=norm, **widths | arguments)
@@ -212,7 +216,10 @@ def small_model(norm="gn", **arguments):
 
 def outputs(model):
     generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, 90, 120, generator=generator), torch.rand(3, 128, 70, generator=generator)]
+    images = [
+        torch.rand(3, 90, 120, generator=generator),
+        torch.rand(3, 128, 70, generator=generator),
+    ]
     with torch.no_grad():
         return model(images)
 
@@ -341,8 +348,14 @@ def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
     rpn = model.rpn.conv.weight.clone()
     detector.load_weights(model, path)
     said = capsys.readouterr().out
-    unused = "2 in the file not used (pred)" if kind == "gn" else "3 in the file not used (conv1, fc1000)"
-    assert unused in said and "left at their initialization (fpn, rpn, box_heads, mask_head)" in said
+    unused = (
+        "2 in the file not used (pred)"
+        if kind == "gn"
+        else "3 in the file not used (conv1, fc1000)"
+    )
+    assert (
+        unused in said and "left at their initialization (fpn, rpn, box_heads, mask_head)" in said
+    )
     assert torch.equal(model.rpn.conv.weight, rpn)
     mean = torch.tensor([122.7717, 115.9465, 102.9801]) / 255
     torch.testing.assert_close(model.image_mean.flatten(), mean)
@@ -358,7 +371,9 @@ def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
         blob = {n.removeprefix(f"{name}_"): torch.from_numpy(v)[:, None, None]
                 for n, v in blobs.items() if n.startswith(f"{name}_") and v.ndim == 1}  # fmt: skip
         if kind == "gn":
-            expected = nn.functional.group_norm(x, 32, blob["gn_s"].flatten(), blob["gn_b"].flatten())
+            expected = nn.functional.group_norm(
+                x, 32, blob["gn_s"].flatten(), blob["gn_b"].flatten()
+            )
         elif kind == "affine":
             expected = x * blob["bn_s"] + blob["bn_b"]
         else:
@@ -368,7 +383,9 @@ def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
 
 
 @pytest.mark.parametrize("depth", ["R50", "R101"])
-@pytest.mark.parametrize("kind, norm", [("gn", "gn"), ("affine", "frozen_bn"), ("unfolded", "syncbn")])
+@pytest.mark.parametrize(
+    "kind, norm", [("gn", "gn"), ("affine", "frozen_bn"), ("unfolded", "syncbn")]
+)
 def test_detectron_names_and_shapes(depth, kind, norm):
     with torch.device("meta"):
         state = {name: torch.empty(shape) for name, shape in caffe2_shapes(depth, kind).items()}
@@ -382,7 +399,7 @@ def test_detectron_names_and_shapes(depth, kind, norm):
 
 
 def test_folded_statistics_need_a_frozen_norm(tmp_path):
-    """MSRA's file: fine where BN is frozen, by its kind or by freeze_at, and refused where it trains."""
+    """MSRA's file fits where BN is frozen, by its kind or by freeze_at, and nowhere else."""
     path = write_python2(tmp_path / "R-50.pkl", filled(caffe2_shapes("R50", "affine", stem=32)))
     blocks = BLOCKS["R50"]
     detector.load_weights(small_model("frozen_bn", blocks=blocks), path)
@@ -400,7 +417,7 @@ def test_folded_statistics_need_a_frozen_norm(tmp_path):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_detectron2_names_and_shapes(name):
-    """At the real widths: the architecture is inferred, every tensor finds its place, none is left."""
+    """At the real widths: the architecture is inferred, and every tensor finds its place."""
     shapes = detectron2_shapes(**PUBLIC[name])
     with torch.device("meta"):
         state = {n: torch.empty(shape) for n, shape in shapes.items()}
@@ -415,7 +432,7 @@ def test_detectron2_names_and_shapes(name):
         "roi_sampling_ratio": 0,
     }
     assert {key: model.config[key] for key in expected} == expected
-    # Nothing but what the file does not say differs from the model that the command line would build.
+    # Nothing but what the file does not say differs from the model that build_model makes.
     keys = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
     with torch.device("meta"):
         plain = detector.build_model(**{key: model.config[key] for key in keys}).config
@@ -429,13 +446,14 @@ def test_detectron2_names_and_shapes(name):
     assert detector.to_detectron2(model).keys() - {"pixel_mean", "pixel_std"} == shapes.keys()
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLIC if name != "X101 FrozenBN"]
+)  # never narrow
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
 def test_detectron2_files(tmp_path, capsys, name, suffix):
-    narrow = dict(NARROW)
-    if PUBLIC[name]["depth"] == "R101":
-        narrow["stem"] = 32 if suffix == ".pkl" else 64
-    shapes = detectron2_shapes(**PUBLIC[name] | narrow | {"classes": PUBLIC[name].get("classes", 5)})
+    shapes = detectron2_shapes(
+        **PUBLIC[name] | NARROW | {"classes": PUBLIC[name].get("classes", 5)}
+    )
     # The zoo's files of 2019 and 2020 hold the anchors, too.
     for i in range(5):
         shapes[f"proposal_generator.anchor_generator.cell_anchors.{i}"] = (3, 4)
@@ -455,8 +473,8 @@ def test_detectron2_files(tmp_path, capsys, name, suffix):
     outputs(model)
 
     # By hand, where a conversion takes place.
-    assert torch.equal(model.backbone.stem.conv.weight.flip(1),
-                       torch.from_numpy(arrays["backbone.bottom_up.stem.conv1.weight"]))  # fmt: skip
+    stem = torch.from_numpy(arrays["backbone.bottom_up.stem.conv1.weight"])
+    assert torch.equal(model.backbone.stem.conv.weight.flip(1), stem)
     stage = ".2" if model.config["cascade"] else ""
     head = model.box_heads[-1]
     scores = arrays[f"roi_heads.box_predictor{stage}.cls_score.weight"]
@@ -501,14 +519,29 @@ def test_pickle_protocols_and_attributes(tmp_path, protocol):
     arrays = filled(detectron2_shapes("R50", "SyncBN", **NARROW, classes=5))
     state = OrderedDict(arrays)
     state._metadata = OrderedDict([("", {"version": 1})])
-    extra = {"iteration": np.int64(3), "lr": np.float32(0.5), "names": ["a", ("b", None)], "flag": True}
-    first = write_pickle(tmp_path / "a.pkl", {"model": state, "__author__": "me", **extra}, protocol)
+    extra = {
+        "iteration": np.int64(3),
+        "lr": np.float32(0.5),
+        "names": ["a", ("b", None)],
+        "flag": True,
+    }
+    first = write_pickle(
+        tmp_path / "a.pkl", {"model": state, "__author__": "me", **extra}, protocol
+    )
     second = write_python2(tmp_path / "b.pkl", {"model": arrays, "__author__": "me"})
-    one, two = (detector.load_model(p, verbose=False).state_dict() for p in (first, second))
-    assert all(torch.equal(one[n], two[n]) for n in one)
+    swapped = {n: a.astype(a.dtype.newbyteorder(">")) for n, a in arrays.items()}
+    third = write_pickle(tmp_path / "c.pkl", {"model": swapped, "__author__": "me"}, protocol)
+    one, two, three = (
+        detector.load_model(p, verbose=False).state_dict() for p in (first, second, third)
+    )
+    assert all(torch.equal(one[n], two[n]) and torch.equal(one[n], three[n]) for n in one)
     assert one["backbone.stem.norm.num_batches_tracked"] == 7
     content = detector.read_file(first)
-    assert content["iteration"] == 3 and content["lr"] == 0.5 and content["names"] == ["a", ("b", None)]
+    assert (
+        content["iteration"] == 3
+        and content["lr"] == 0.5
+        and content["names"] == ["a", ("b", None)]
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -535,7 +568,12 @@ def test_round_trip_through_detectron2(tmp_path, norm, arguments):
     torch.save({"model": state}, tmp_path / "a.pth")
     write_pickle(tmp_path / "a.pkl", {"model": {n: t.numpy() for n, t in state.items()},
                                       "__author__": "me"})  # fmt: skip
-    said = {"roi_sampling_ratio": 2, "box_score_thresh": 0.01, "norm": norm}
+    said = {
+        "roi_sampling_ratio": 2,
+        "box_score_thresh": 0.0,
+        "box_detections_per_img": 30,
+        "norm": norm,
+    }
     said["stride_in_1x1"] = model.config["stride_in_1x1"]
     for name in ("a.pth", "a.pkl"):
         assert_same(outputs(detector.load_model(tmp_path / name, **said)), expected)
@@ -552,14 +590,19 @@ def own_checkpoint(model):
     return {
         "model_config": model.config,
         "model": model.state_dict(),
-        "data": {"min_size": 96, "max_size": 128, "classes": list("abcde"), "category_ids": [1, 2, 3, 4, 5]},
+        "data": {
+            "min_size": 96,
+            "max_size": 128,
+            "classes": list("abcde"),
+            "category_ids": [1, 2, 3, 4, 5],
+        },
         "iteration": 3,
     }
 
 
 @pytest.mark.parametrize("norm", ["gn", "syncbn"])
 def test_own_checkpoints(tmp_path, norm):
-    model = small_model(norm, image_mean=(0.3, 0.4, 0.5))
+    model = small_model(norm, image_mean=(0.375, 0.5, 0.625), image_std=(0.25, 0.25, 0.5))
     torch.save(own_checkpoint(model), tmp_path / "last.pt")
     loaded = detector.load_model(tmp_path / "last.pt")
     assert_same(outputs(loaded), outputs(model))
@@ -568,7 +611,10 @@ def test_own_checkpoints(tmp_path, norm):
     detector.load_weights(other, tmp_path / "last.pt", verbose=False)
     assert_same(outputs(other), outputs(model))
     assert detector.read_checkpoint(tmp_path / "last.pt")["iteration"] == 3
-    assert len(outputs(detector.load_model(tmp_path / "last.pt", box_score_thresh=0.99))[0]["boxes"]) == 0
+    assert (
+        len(outputs(detector.load_model(tmp_path / "last.pt", box_score_thresh=1.0))[0]["boxes"])
+        == 0
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -604,23 +650,16 @@ def malicious_contents(path):
     }
 
 
-class HiddenBehindReconstruct:
-    """numpy's _reconstruct, which makes an object of whatever class it is given."""
-
-    def __init__(self, kind):
-        self.kind = kind
-
-    def __reduce__(self):
-        function = np.zeros(1).__reduce__()[0]
-        return function, (self.kind, (0,), b"b"), (Malicious("never"),)
-
-
 @pytest.mark.parametrize("kind", malicious_contents(Path()))
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_malicious_pickles_are_refused(tmp_path, kind, protocol):
     trace = tmp_path / "executed"
     content = malicious_contents(trace)[kind]
-    files = [write_pickle(tmp_path / "a.pkl", content, protocol), tmp_path / "b.pth", tmp_path / "c.pth"]
+    files = [
+        write_pickle(tmp_path / "a.pkl", content, protocol),
+        tmp_path / "b.pth",
+        tmp_path / "c.pth",
+    ]
     torch.save(content, files[1])
     torch.save(content, files[2], _use_new_zipfile_serialization=False)
     for path in files:
@@ -656,11 +695,16 @@ def test_malicious_pickles_behind_numpy_are_refused(tmp_path):
         assert_one_sentence(error, path)
         assert not trace.exists(), kind
     # numpy's own functions that read files, import, or run code.
-    for name in (b"cnumpy\nload\n", b"cnumpy.core.multiarray\nfromfile\n", b"cbuiltins\ngetattr\n",
-                 b"c__builtin__\nexec\n", b"cnumpy.core.multiarray\n_reconstruct.__globals__\n"):  # fmt: skip
+    for name in (
+        b"cnumpy\nload\n",
+        b"cnumpy.core.multiarray\nfromfile\n",
+        b"cbuiltins\ngetattr\n",
+        b"c__builtin__\nexec\n",
+        b"cnumpy.core.multiarray\n_reconstruct.__globals__\n",
+    ):
         path = tmp_path / "b.pkl"
         path.write_bytes(b"\x80\x02" + name + b".")
-        with pytest.raises(detector.WeightsError, match="which no file of weights needs"):
+        with pytest.raises(detector.WeightsError, match="which no weights need"):
             detector.load_model(path)
 
 
@@ -688,7 +732,7 @@ def bad_files(folder):
     write_pickle(folder / "nothing.pkl", {})
     torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, folder / "other.pth")
     torch.save({"model": nn.Linear(2, 3).state_dict()}, folder / "linear.pth")
-    write_pickle(folder / "strings.pkl", {"model": {"res2_0_branch2a_w": np.zeros(2, ">f4")}})
+    write_pickle(folder / "quadruple.pkl", {"model": {"conv1_1_w": np.zeros(2, np.longdouble)}})
     deformable = detectron2_shapes("R50", "FrozenBN", **NARROW)
     deformable["backbone.bottom_up.res3.0.conv2_offset.weight"] = (18, 64, 3, 3)
     write_pickle(folder / "X152.pkl", {"model": filled(deformable), "__author__": "me"})
@@ -713,7 +757,7 @@ def bad_files(folder):
         "nothing.pkl": "names of no model known here",
         "other.pth": "names of no model known here",
         "linear.pth": "names of no model known here",
-        "strings.pkl": "holds an array that torch cannot read",
+        "quadruple.pkl": "holds no array of numbers as 'conv1_1_w'",
         "X152.pkl": "deformable convolutions",
         "C4.pkl": "has no 'backbone.bottom_up.res2.0.conv2.weight'",
         "incomplete.pkl": "has no mask_head.convs.2.norm.bias",
@@ -737,20 +781,59 @@ def test_bad_files_are_one_sentence(tmp_path, capsys):
 @pytest.mark.parametrize(
     "file, arguments, words",
     [
-        ("gn.pt", dict(norm="gn", num_classes=7), r"box_heads.0.classifier.weight has shape \(6, 32\)"),
-        ("gn.pt", dict(norm="gn", fpn_channels=64), r"fpn.lateral.0.conv.weight has shape \(32, 128"),
+        (
+            "gn.pt",
+            dict(norm="gn", num_classes=7),
+            r"box_heads.0.classifier.weight has shape \(6, 32\)",
+        ),
+        (
+            "gn.pt",
+            dict(norm="gn", fpn_channels=64),
+            r"fpn.lateral.0.conv.weight has shape \(32, 128",
+        ),
         ("gn.pt", dict(norm="syncbn"), "no backbone.stem.norm.running_mean"),
         ("gn.pt", dict(norm="none"), "no backbone.stem.conv.bias"),
-        ("syncbn.pt", dict(norm="gn"), "has batch normalization"),
+        ("syncbn.pt", dict(norm="gn"), "it has backbone.stem.norm.running_mean"),
         ("gn.pt", dict(norm="gn", blocks=(1, 3, 1, 1)), "no backbone.res3.2"),
+        ("gn.pt", dict(norm="gn", blocks=(1, 1, 1, 1)), "it has backbone.res3.1"),
         ("gn.pt", dict(norm="none", backbone="vgg16", blocks=None), "no weights for the backbone"),
         ("gn.pkl", dict(norm="syncbn", blocks=(3, 4, 6, 3)), "no backbone.stem.norm.running_mean"),
-        ("gn.pkl", dict(norm="frozen_bn", blocks=(3, 4, 6, 3)), "no backbone.stem.norm.running_mean"),
-        ("gn.pkl", dict(norm="gn", stem_width=64), r"backbone.stem.conv.weight has shape \(32, 3, 7, 7"),
-        ("affine.pkl", dict(norm="gn", blocks=(3, 4, 6, 3)), "has batch normalization"),
-        ("resnet.pth", dict(norm="gn", stem_width=64), "has batch normalization"),
-        ("resnet.pth", dict(norm="none", stem_width=64), "no backbone.stem.conv.bias"),
-        ("resnet.pth", dict(norm="none", backbone="vgg16", blocks=None), "no weights for the backbone"),
+        (
+            "gn.pkl",
+            dict(norm="frozen_bn", blocks=(3, 4, 6, 3)),
+            "no backbone.stem.norm.running_mean",
+        ),
+        ("gn.pkl", dict(norm="gn", blocks=(3, 4, 5, 3)), "it has res4_5_branch2a.weight"),
+        (
+            "gn.pkl",
+            dict(norm="gn", stem_width=64, blocks=(3, 4, 6, 3)),
+            r"backbone.stem.conv.weight has shape \(32, 3, 7, 7",
+        ),
+        (
+            "affine.pkl",
+            dict(norm="gn", blocks=(3, 4, 6, 3)),
+            "it has res2_0_branch1_norm.running_mean",
+        ),
+        (
+            "resnet.pth",
+            dict(norm="gn", stem_width=64, blocks=(2, 1, 1, 1)),
+            "it has layer1.0.bn1.running_mean",
+        ),
+        (
+            "resnet.pth",
+            dict(norm="syncbn", stem_width=64, width_per_group=64, blocks=(1, 1, 1, 1)),
+            "it has layer1.1",
+        ),
+        (
+            "resnet.pth",
+            dict(norm="none", stem_width=64, blocks=(2, 1, 1, 1)),
+            "no backbone.stem.conv.bias",
+        ),
+        (
+            "resnet.pth",
+            dict(norm="none", backbone="vgg16", blocks=None),
+            "no weights for the backbone",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, file, arguments, words):
@@ -779,26 +862,28 @@ def test_init_at_the_command_line(tmp_path, capsys):
     for name, words in (
         ("malicious.pkl", "names posix.system"),
         ("text.pth", "cannot be read as weights"),
-        ("R-50-GN.pkl", "backbone"),  # the toy's backbone has other widths
+        ("R-50-GN.pkl", "is of another backbone"),  # the toy's is less deep
     ):
-        arguments = ["--recipe", "toy", "--data", str(tmp_path / "toy"), "--out", str(tmp_path / "run"),
-                     "--init", str(tmp_path / name), "--device", "cpu", "--workers", "0"]  # fmt: skip
+        arguments = [
+            "--data",
+            tmp_path / "toy",
+            "--out",
+            tmp_path / "run",
+            "--init",
+            tmp_path / name,
+        ]
+        arguments += ["--device", "cpu", "--workers", 0, "--iterations", 1]
+        arguments = [str(argument) for argument in arguments]
         assert train.main(arguments) == 1
         said = capsys.readouterr().err
         assert said.startswith("train.py: ") and said.count("\n") == 1 and words in said
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("program", ["evaluate.py", "train.py"])
-def test_no_traceback_from_the_programs(tmp_path, program):
+def test_no_traceback_from_the_program(tmp_path):
     path = write_pickle(tmp_path / "bad.pkl", {"model": Malicious(tmp_path / "executed")})
-    arguments = ["--weights", path, "--images", tmp_path]
-    if program == "train.py":
-        data.make_toy_coco(tmp_path / "toy", 4, 2)
-        arguments = ["--init", path, "--data", tmp_path / "toy", "--out", tmp_path / "run",
-                     "--device", "cpu", "--workers", "0"]  # fmt: skip
-    command = [sys.executable, ROOT / program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, ROOT / "evaluate.py", "--weights", path, "--images", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "executed").exists()
-    assert done.stderr.splitlines()[-1].startswith(f"{program}: {path} cannot be read as weights")
+    assert done.stderr.splitlines()[-1].startswith(f"evaluate.py: {path} cannot be read as weights")
     assert "Traceback" not in done.stderr
