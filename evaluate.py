@@ -105,11 +105,10 @@ def window_rle(x, y, inside, height, width):
     pycocotools' encoding of the whole image, in a time that depends on the window alone.
     """
     columns, rows = inside.shape
-    # A False after each column ends every run there: runs of neighbouring columns stay apart.
-    padded = np.zeros((columns, rows + 1), bool)
-    padded[:, :rows] = inside
-    flat = padded.ravel()
-    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    # A False before the first column, and one after each: runs of different columns stay apart.
+    flat = np.zeros(1 + columns * (rows + 1), bool)
+    flat[1:].reshape(columns, rows + 1)[:, :rows] = inside
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
     column, row = np.divmod(changes, rows + 1)
     places = (x + column) * height + y + row
     # Where the window has all rows of the image, a run may end just where the next one starts.

@@ -568,16 +568,23 @@ def test_labels_count_from_one_and_boxes_belong_to_their_class():
 
 def test_masks_are_the_maps_of_their_class():
     model = small_model().eval()
-    with torch.no_grad():
-        model.mask_head.predictor.weight.zero_()
-        model.mask_head.predictor.bias.copy_(torch.tensor([-2.0, -1, 0, 1, 2]))  # of classes 1..5
+    factor, bias = torch.arange(1.0, 6.0), torch.randn(5, generator=generator(13))
+    with torch.no_grad():  # class c's map is c * (the same for all) + the class's own bias
+        model.mask_head.predictor.weight.copy_(0.02 * factor.view(5, 1, 1, 1).expand(5, 32, 1, 1))
+        model.mask_head.predictor.bias.copy_(bias)
         features = model.features(model.batch(make_images((64, 64), (64, 64)))[0])
-        boxes = [torch.tensor([[5.0, 5, 20, 20], [9, 9, 60, 50]]), torch.tensor([[5.0, 5, 20, 20]])]
-        labels = [torch.tensor([5, 1]), torch.tensor([4])]
-        masks = model.mask_probabilities(features, boxes, labels)
-    for of_image, logits in zip(masks, ([2.0, -2.0], [1.0]), strict=True):
-        expected = torch.tensor(logits).sigmoid()[:, None, None].expand(-1, 28, 28)
-        torch.testing.assert_close(of_image, expected)
+        boxes, labels = torch.tensor([[5.0, 5, 40, 30]]), torch.tensor([5, 1, 4, 2, 3])
+        both = model.mask_probabilities(
+            features, [boxes, boxes.expand(5, 4)], [torch.tensor([1]), labels]
+        )
+    assert [masks.shape for masks in both] == [(1, 28, 28), (5, 28, 28)]
+    logits = both[1].double().logit()
+    common = logits[1] - bias[0]
+    assert common.max() > 0.1
+    for logit, label in zip(logits, labels.tolist()):
+        torch.testing.assert_close(
+            logit, label * common + bias[label - 1], atol=1e-4, rtol=1e-4, msg=str(label)
+        )
 
 
 # -- Cascade -------------------------------------------------------------------------------------

@@ -1,0 +1,208 @@
+"""Makes golden_*.npz, what test_agreement.py compares with: needs Detectron2, anywhere on the path.
+
+    python tests/make_detectron2_golden.py
+
+Detectron2 is neither fetched nor built here; any version that has ROIAlignV2 (0.1 and later) will
+do. Files hold outputs only: weights, images and targets come from test_agreement.py.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import model as detector  # noqa: E402
+import test_agreement as shared  # noqa: E402
+
+try:
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+    from detectron2.modeling.postprocessing import detector_postprocess
+    from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+    from detectron2.utils.events import EventStorage
+except ImportError as error:
+    sys.exit(f"Detectron2 is needed to make the golden files, and cannot be imported: {error}")
+
+LEVELS = ["p2", "p3", "p4", "p5", "p6"]
+
+
+def detectron2_config(arguments):
+    """Detectron2's configuration for arguments of our build_model."""
+    cfg = get_cfg()
+    norm = {"gn": "GN", "syncbn": "SyncBN", "frozen_bn": "FrozenBN"}[arguments["norm"]]
+    head_norm = "" if norm == "FrozenBN" else norm
+    a = detector.DEFAULTS | arguments
+    statistics = [[255 * v for v in reversed(a[name])] for name in ("image_mean", "image_std")]
+    convs, fcs = (0, 2) if norm == "FrozenBN" else (4, 1)
+    options = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+        "MODEL.PIXEL_MEAN": statistics[0],  # BGR
+        "MODEL.PIXEL_STD": statistics[1],
+        "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RESNETS.DEPTH": 50,
+        "MODEL.RESNETS.NORM": norm,
+        "MODEL.RESNETS.STRIDE_IN_1X1": a["stride_in_1x1"],
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": a["stem_width"],
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 4 * a["stem_width"],
+        "MODEL.RESNETS.WIDTH_PER_GROUP": a["width_per_group"],
+        "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.OUT_CHANNELS": a["fpn_channels"],
+        "MODEL.FPN.NORM": head_norm,
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
+        "MODEL.RPN.IN_FEATURES": LEVELS,
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": a["rpn_batch_size_per_image"],
+        "MODEL.RPN.SMOOTH_L1_BETA": a["rpn_smooth_l1_beta"],
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": a["rpn_pre_nms_top_n_train"],
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": a["rpn_pre_nms_top_n_test"],
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": a["rpn_post_nms_top_n_train"],
+        "MODEL.RPN.POST_NMS_TOPK_TEST": a["rpn_post_nms_top_n_test"],
+        "MODEL.ROI_HEADS.NAME": "CascadeROIHeads" if a["cascade"] else "StandardROIHeads",
+        "MODEL.ROI_HEADS.IN_FEATURES": LEVELS[:4],
+        "MODEL.ROI_HEADS.NUM_CLASSES": a["num_classes"],
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": a["box_batch_size_per_image"],
+        "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+        "MODEL.ROI_BOX_HEAD.NORM": head_norm,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": convs,
+        "MODEL.ROI_BOX_HEAD.NUM_FC": fcs,
+        "MODEL.ROI_BOX_HEAD.CONV_DIM": a["box_head_channels"],
+        "MODEL.ROI_BOX_HEAD.FC_DIM": a["box_head_fc_channels"],
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": a["roi_sampling_ratio"],
+        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": a["box_smooth_l1_beta"],
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": a["cascade"],
+        "MODEL.MASK_ON": a["masks"],
+        "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+        "MODEL.ROI_MASK_HEAD.NORM": head_norm,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": a["mask_head_channels"],
+        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
+        "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": a["roi_sampling_ratio"],
+        "MODEL.KEYPOINT_ON": a["keypoints"] > 0,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": [a["keypoint_head_channels"]] * 8,
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": a["keypoints"] or 17,
+        "INPUT.MASK_FORMAT": "bitmask",
+    }
+    for name, value in options.items():
+        cfg.merge_from_list([name, value])
+    return cfg
+
+
+def detectron2_model(arguments, weights):
+    """A model of Detectron2 in evaluation mode, filled with a state dict."""
+    model = build_model(detectron2_config(arguments)).eval()
+    result = model.load_state_dict(weights, strict=False)
+    missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
+    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+    return model
+
+
+@torch.no_grad()
+def detections(model, image):
+    """Everything on the way to the detections of an RGB image: {name: tensor}."""
+    images = model.preprocess_image([{"image": image.flip(0)}])
+    features = model.backbone(images.tensor)
+    levels = [features[name] for name in LEVELS]
+    found = dict(zip(LEVELS, levels))
+    objectness, deltas = model.proposal_generator.rpn_head(levels)
+    found["objectness"] = torch.cat([x.permute(0, 2, 3, 1).flatten() for x in objectness])
+    found["rpn_deltas"] = torch.cat([x.permute(0, 2, 3, 1).flatten() for x in deltas])
+    anchors = model.proposal_generator.anchor_generator(levels)
+    found["anchors"] = torch.cat([a.tensor for a in anchors])
+    proposals, _ = model.proposal_generator(images, features, None)
+    found["proposals"] = proposals[0].proposal_boxes.tensor
+    found["proposal_logits"] = proposals[0].objectness_logits
+    heads = model.roi_heads
+    pooled = heads.box_pooler(levels[:4], [p.proposal_boxes for p in proposals])
+    cascade = isinstance(heads.box_head, torch.nn.ModuleList)
+    stages = zip(heads.box_head, heads.box_predictor) if cascade else [(heads.box_head, heads.box_predictor)]
+    for i, (head, predictor) in enumerate(stages):  # of all stages for the first one's RoIs
+        found[f"class_logits_{i}"], found[f"box_deltas_{i}"] = predictor(head(pooled))
+    instances, _ = heads(images, features, proposals, None)
+    found["boxes"] = instances[0].pred_boxes.tensor.clone()
+    found["scores"] = instances[0].scores.clone()
+    found["labels"] = instances[0].pred_classes.clone() + 1
+    if heads.mask_on:
+        found["masks"] = instances[0].pred_masks[:, 0].clone()
+    if heads.keypoint_on:
+        found["heatmaps"] = instances[0].pred_keypoint_heatmaps.clone()
+        found["keypoints"] = instances[0].pred_keypoints.clone()
+    size = [round(side * shared.OUTPUT_SCALE) for side in image.shape[-2:]]
+    final = detector_postprocess(instances[0], *size)
+    found["final_boxes"] = final.pred_boxes.tensor
+    if heads.mask_on:
+        found["final_masks"] = final.pred_masks
+    return found
+
+
+def losses(model, images, targets):
+    """Losses of a batch and the norm of every parameter's gradient: two dicts of floats."""
+    batch = []
+    for image, target in zip(images, targets):
+        instances = Instances(tuple(image.shape[-2:]))
+        instances.gt_boxes = Boxes(target["boxes"])
+        instances.gt_classes = target["labels"] - 1
+        instances.gt_masks = BitMasks(target["masks"])
+        instances.gt_keypoints = Keypoints(target["keypoints"])
+        batch.append({"image": image.flip(0), "instances": instances})
+    model.train()
+    with EventStorage(0):
+        found = model(batch)
+    sum(found.values()).backward()
+    norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+    return {name: value.item() for name, value in found.items()}, norms
+
+
+def pack(found):
+    """What of the detections goes into the file: enough to notice any mistake, in few numbers."""
+    packed = {}
+    for name, value in found.items():
+        value = value.numpy()
+        if name in LEVELS or name in ("objectness", "rpn_deltas", "anchors"):
+            value = shared.subsample(value)
+        elif name.startswith(("class_logits", "box_deltas")):
+            value = value[:: math.ceil(len(value) / 25)]
+        elif name == "masks":
+            value = value[:, 1::3, 1::3]
+        elif name == "heatmaps":
+            value = value[:, :, 3::8, 3::8]
+        elif name == "final_masks":
+            packed["final_areas"] = value.sum((1, 2))
+            value = np.packbits(value[::10])
+        packed[name] = value
+    return packed
+
+
+def main():
+    torch.manual_seed(0)
+    images = shared.golden_images()
+    for case in shared.CASES:
+        arguments = shared.golden_arguments(case)
+        plain = detector.to_detectron2(detector.build_model(**arguments))
+        weights = shared.golden_weights(case, {n: tuple(t.shape) for n, t in plain.items()})
+        model = detectron2_model(arguments, weights)
+        content = {}
+        for i, image in enumerate(images):
+            found = detections(model, image)
+            content |= {f"{i}/{name}": value for name, value in pack(found).items()}
+            classes = len(found["labels"].unique())
+            print(f"{case} image {i}: {len(found['boxes'])} detections of {classes} classes")
+        values, norms = losses(model, images, shared.golden_targets(case))
+        print("  ", {name: round(value, 4) for name, value in values.items()})
+        content |= {f"loss/{name}": value for name, value in values.items()}
+        content |= {f"norm/{name}": value for name, value in norms.items()}
+        content = {n: np.asarray(v) for n, v in content.items()}
+        content = {n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in content.items()}
+        np.savez_compressed(HERE / f"golden_{case}.npz", **content)
+
+
+if __name__ == "__main__":
+    main()
