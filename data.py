@@ -646,6 +646,26 @@ def read_voc(path):
     return {"size": size, "objects": objects}
 
 
+def open_split(root, split, training=False, masks=True, keypoints=False, subset=None):
+    """The data set of a split ("train2017" or "val2017") below the folder `root`.
+
+    COCO's layout: annotations/instances_train2017.json (keypoints: person_keypoints_...),
+    train2017/, ... VOC's devkit is known by its VOC2012/: training is trainval2007 + train2012 and
+    validation val2012, as in the paper; it has no masks and no keypoints.
+    """
+    root = os.fspath(root)
+    if any(os.path.isdir(os.path.join(root, folder)) for folder in ("VOCdevkit", "VOC2012")):
+        if masks or keypoints:
+            raise DataError(f"{root} is a VOC devkit, which has boxes only; use a recipe without masks "
+                            "and keypoints, such as r101-gn-voc.")
+        if training:
+            return VocDataset(root, [("VOC2007", "trainval"), ("VOC2012", "train")], training=True)
+        return VocDataset(root, [("VOC2012", "val")])
+    kind = "person_keypoints" if keypoints else "instances"
+    annotations = os.path.join(root, "annotations", f"{kind}_{split}.json")
+    return CocoDataset(os.path.join(root, split), annotations, training, masks, keypoints, subset)
+
+
 def average_sample(dataset, min_sizes, max_size):
     """What Figure 2 counts: objects an image, and pixels of an image as the loader makes it."""
     pixels = [

@@ -912,14 +912,8 @@ def start_processes(name=None):
 
 def evaluate_command(args, model, rank, world_size):
     """`--data`: evaluate on a data set in COCO's layout and print the tables on rank 0."""
-    root = Path(args.data)
-    keypoints = model.config["keypoints"] > 0
-    kind = "person_keypoints" if keypoints else "instances"
-    dataset = data.CocoDataset(
-        root / args.split,
-        root / "annotations" / f"{kind}_{args.split}.json",
-        masks=model.config["masks"],
-        keypoints=keypoints,
+    dataset = data.open_split(
+        args.data, args.split, masks=model.config["masks"], keypoints=model.config["keypoints"] > 0
     )
     metrics = evaluate(
         model, dataset, args.out, rank, world_size, args.tta, args.workers, args.per_class
@@ -987,8 +981,27 @@ def make_parser():
     add("--per-class", action="store_true", help="--data: AP of each class, too")
     add("--score", type=float, default=0.5, help="--images: show detections from here on (0.5)")
     add("--workers", type=int, default=2, help="--data: image-decoding processes per GPU (2)")
+    add(
+        "--image-mean", nargs=3, type=float, metavar=("R", "G", "B"),
+        help="what a public file does not say, see README: the pixel mean it was trained with, in "
+        "0..255 (default: that of its kind)",
+    )  # fmt: skip
+    add("--image-std", nargs=3, type=float, metavar=("R", "G", "B"), help="likewise, the deviation")
+    add("--stride-in-1x1", type=int, choices=(0, 1), help="likewise, where the stride is")
+    add("--roi-sampling-ratio", type=int, metavar="N", help="likewise, RoIAlign's (0: adaptive)")
     add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
     return parser
+
+
+def unsaid(args):
+    """What the command line says of a public file of weights, as arguments of `build_model`."""
+    overrides = {
+        "image_mean": args.image_mean and tuple(value / 255 for value in args.image_mean),
+        "image_std": args.image_std and tuple(value / 255 for value in args.image_std),
+        "stride_in_1x1": None if args.stride_in_1x1 is None else bool(args.stride_in_1x1),
+        "roi_sampling_ratio": args.roi_sampling_ratio,
+    }
+    return {name: value for name, value in overrides.items() if value is not None}
 
 
 def run_command(args):
@@ -1007,7 +1020,7 @@ def run_command(args):
 
     rank, world_size, device = start_processes(args.device)
     try:
-        model = detector.load_model(args.weights, verbose=rank == 0).to(device)
+        model = detector.load_model(args.weights, rank == 0, **unsaid(args)).to(device)
         if args.data:
             evaluate_command(args, model, rank, world_size)
         elif rank == 0:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import model as detector
+from evaluate import UsageError
 
 # ------------------------------------------------------------------------------------------------
 # Recipes
@@ -86,9 +87,7 @@ class Recipe:
     warmup_factor: float = 1 / 3
     clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
 
-    # Data: the kind of data set, and how many of its training images are used (None: all)
-    dataset: str = "coco"
-    subset: int | None = None
+    subset: int | None = None  # how many of the training images are used; None: all
 
     # Images: shorter side (one of these is drawn for each image) and longest side allowed
     min_sizes: tuple = (800,)
@@ -246,7 +245,6 @@ RECIPES = {
     "r101-gn-voc": Recipe(
         backbone="resnet101",
         masks=False,
-        dataset="voc",
         iterations=144_000,
         iterations_pretrained=18_000,
         tails=ninths(144_000),
@@ -263,10 +261,6 @@ class Stopped(Exception):
     def __init__(self, message, code):
         super().__init__(message)
         self.code = code
-
-
-class UsageError(ValueError):
-    """The command line asks for something that cannot be; the message is one sentence."""
 
 
 def scale_to_batch(recipe, batch_size):
@@ -476,23 +470,10 @@ def peak_memory(device):
 
 
 def make_datasets(recipe, root):
-    """Training and validation set below the folder `root`, in COCO's layout or VOC's."""
-    root = Path(root)
-    if recipe.dataset == "voc":
-        train_set = data.VocDataset(root, [("VOC2007", "trainval"), ("VOC2012", "train")], training=True)
-        return train_set, data.VocDataset(root, [("VOC2012", "val")])
-    kind = "person_keypoints" if recipe.keypoints else "instances"
-    return [
-        data.CocoDataset(
-            root / f"{split}2017",
-            root / "annotations" / f"{kind}_{split}2017.json",
-            training=split == "train",
-            masks=recipe.masks,
-            keypoints=bool(recipe.keypoints),
-            subset=recipe.subset if split == "train" else None,
-        )
-        for split in ("train", "val")
-    ]
+    """Training and validation set below the folder `root`."""
+    kind = {"masks": recipe.masks, "keypoints": bool(recipe.keypoints)}
+    train_set = data.open_split(root, "train2017", training=True, subset=recipe.subset, **kind)
+    return train_set, data.open_split(root, "val2017", **kind)
 
 
 def make_model(recipe, num_classes, cascade=False):
@@ -871,31 +852,6 @@ def make_recipe(args):
     return replace(recipe, **changes)
 
 
-def start_processes(args):
-    """Rank, world size and device of this process; several where torchrun started it."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(kind)
-    except RuntimeError:
-        raise UsageError(f"Unknown device {kind!r}; use cuda or cpu.") from None
-    if device.type not in ("cuda", "cpu"):
-        raise UsageError(
-            f"Device {kind!r} is not supported (torchvision's NMS and RoIAlign in float64 are missing "
-            "there); use cuda or cpu."
-        )
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("There is no CUDA device here; use --device cpu.")
-        index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world_size, device
-
-
 def run_command(args):
     recipe = make_recipe(args)
     check(recipe, from_random=args.init == "random")
@@ -913,7 +869,7 @@ def run_command(args):
             print(describe_samples(scaled, *data.average_sample(train_set, recipe.min_sizes, recipe.max_size)))
         return
 
-    rank, world_size, device = start_processes(args)
+    rank, world_size, device = evaluate.start_processes(args.device)
     args.recipe = dataclasses.asdict(recipe)
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     if args.eval_every:

@@ -85,6 +85,12 @@ def golden_weights(case, shapes):
         if len(shape) > 1:
             gain = GAINS[case].get(layer.rpartition(".")[2], 2**0.5)
             value = noise * gain / np.prod(shape[1:]) ** 0.5
+            # What is the same in all RoIs must not decide the class: only patterns within them.
+            if layer.endswith("fc1"):
+                patterns = value.reshape(len(value), -1, 49)
+                value = (patterns - patterns.mean(2, keepdims=True)).reshape(shape)
+            elif layer.endswith("cls_score"):
+                value = value - value.mean(1, keepdims=True)
         elif parameter == "running_var":
             value = np.exp(0.2 * noise)
             if "stem" in layer and CASES[case].get("image_std") is None:

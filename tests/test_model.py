@@ -62,7 +62,8 @@ def make_target(boxes, labels, height, width, seed=0, keypoints=True):
 
 
 def make_images(*shapes):
-    return [torch.randint(256, (3, *s), generator=generator(i)).byte() for i, s in enumerate(shapes)]
+    g = generator(0)
+    return [torch.randint(256, (3, *s), generator=g).byte() for s in shapes]
 
 
 # -- Boxes ---------------------------------------------------------------------------------------
@@ -178,8 +179,8 @@ def test_sampling_is_a_function_of_the_seed_and_uniform():
     assert valid[:, :5].all() and torch.equal(again[0], index[5])  # nor the place in the batch
     other, _ = detector.sample(labels[5:6], 10, 0.5, seeds[5:6], salt=2)
     assert not torch.equal(other[0], index[5])
-    # Every positive is drawn in 5 / 20 of 2000 images: 500 +- sqrt(2000 * 1/4 * 3/4) = 19.4. The sum
-    # of 20 squared deviations in these units is chi-square-like: 19 +- 6.2; 50 is 5 sigma. In the
+    # Every positive is drawn in 5 / 20 of 2000 images: 500 +- sqrt(2000 * 1/4 * 3/4) = 19.4. The
+    # sum of 20 squared deviations in these units is chi-square-like: 19 +- 6.2; 50 is 5 sigma. In the
     # order of drawing, the first is uniform over the 20 as well: 100 +- 9.7.
     positive = index[:, :5]
     counts = positive.flatten().bincount(minlength=20).double()
@@ -361,7 +362,8 @@ def test_keypoints_are_decoded_where_they_were_encoded():
     cell, valid = detector.keypoint_targets(keypoints, boxes, size)
     assert valid.all()
     # A peak with falling flanks: half a cell is lost by the floor, as much by bicubic resizing.
-    grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="xy"), dim=-1)
+    line = torch.arange(size)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
     centre = torch.stack([cell % size, cell // size], dim=-1)[:, :, None, None]  # [n, 17, 1, 1, 2]
     heatmaps = 10 - (grid - centre).square().sum(dim=-1).float()
     decoded, scores = detector.decode_keypoints(heatmaps, boxes)
@@ -382,7 +384,10 @@ def test_keypoints_are_decoded_where_they_were_encoded():
 def scene(keypoints=True):
     """Two images of different sizes with 3 and 2 objects."""
     images = make_images((120, 96), (100, 128))
-    boxes = [[[8, 10, 50, 60], [30, 40, 90, 110], [60, 5, 92, 30]], [[5, 5, 100, 90], [70, 60, 120, 95]]]
+    boxes = [
+        [[8, 10, 50, 60], [30, 40, 90, 110], [60, 5, 92, 30]],
+        [[5, 5, 100, 90], [70, 60, 120, 95]],
+    ]
     targets = [
         make_target(b, l, *image.shape[-2:], seed=i, keypoints=keypoints)
         for i, (b, l, image) in enumerate(zip(boxes, ([1, 3, 5], [2, 3]), images))
@@ -473,7 +478,7 @@ def test_losses_against_a_reference_per_image():
                 mask = model.mask_head(model.pool(features, here, 14), labels[r : r + 1])
                 crop = here.clone()
                 crop[:, 0] = 0
-                bits = target["masks"][None, matched[r], None].float().view(1, 1, *images[i].shape[-2:])
+                bits = target["masks"][matched[r]][None, None].float()
                 bits = roi_align(bits, crop, 28, aligned=True)[0] >= 0.5
                 p = mask.double().sigmoid()
                 sums["mask"] -= torch.where(bits, p, 1 - p).log().sum()
@@ -509,7 +514,8 @@ def test_odd_batches_train_and_predict(kind, objects, proposals):
     images, targets = scene()
     for i, target in enumerate(targets):
         if objects == "one-pixel boxes":
-            targets[i] = make_target([[3, 4, 4, 5], [50, 60, 51, 61]], [1, 2], *images[i].shape[-2:])
+            boxes = [[3, 4, 4, 5], [50, 60, 51, 61]]
+            targets[i] = make_target(boxes, [1, 2], *images[i].shape[-2:])
         elif i == 0 or objects == "two empty images":
             targets[i] = {k: v if k == "seed" else v[:0] for k, v in target.items()}
     losses = model.train()(images, targets)
@@ -630,7 +636,8 @@ def test_cascade_stages_start_from_the_boxes_of_the_stage_before(monkeypatch):
         for i, target in enumerate(targets):
             here = rois[:, 0] == i
             iou, matched = box_iou(target["boxes"], rois[here, 1:]).max(dim=0)
-            assert torch.equal(labels[here], torch.where(iou >= threshold, target["labels"][matched], 0))
+            expected = torch.where(iou >= threshold, target["labels"][matched], 0)
+            assert torch.equal(labels[here], expected)
     # the mask head trains on stage 1's foreground
     assert torch.equal(seen[3][1], seen[0][1][labels_seen[0] > 0])
 

@@ -280,7 +280,7 @@ def test_recipe_in_miniature(name, tiny_coco, tiny_voc, tmp_path, monkeypatch, c
         warmup_iterations=1,
     )
     monkeypatch.setitem(train.RECIPES, name, miniature)
-    root = tiny_voc if recipe.dataset == "voc" else tiny_coco
+    root = tiny_voc if name == "r101-gn-voc" else tiny_coco
     arguments = ["--recipe", name, "--data", str(root), "--out", str(tmp_path), "--workers", "0", "--device", "cpu"]
     assert train.main(arguments) == 0
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -290,7 +290,7 @@ def test_recipe_in_miniature(name, tiny_coco, tiny_voc, tmp_path, monkeypatch, c
     cascade = [("loss_classifier_3" in r) for r in steps]
     assert cascade == ([False, False, True, True] if recipe.cascade_iterations else [False] * 4)
     metrics = records[-1]
-    kinds = {"voc"} if recipe.dataset == "voc" else {"bbox"}
+    kinds = {"voc"} if name == "r101-gn-voc" else {"bbox"}
     if recipe.masks:
         kinds.add("segm")
     if recipe.keypoints:
