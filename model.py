@@ -58,17 +58,18 @@ def encode_boxes(truth, boxes, weights):
     centre = boxes[..., :2] + 0.5 * size
     truth_size = truth[..., 2:] - truth[..., :2]
     truth_centre = truth[..., :2] + 0.5 * truth_size
-    shift = (truth_centre - centre) / size
-    scale = torch.log(truth_size / size)
-    return torch.cat([shift, scale], dim=-1) * shift.new_tensor(weights)
+    dx, dy = ((truth_centre - centre) / size).unbind(dim=-1)
+    dw, dh = torch.log(truth_size / size).unbind(dim=-1)
+    wx, wy, ww, wh = weights  # as numbers: a tensor of them would have to travel to the device
+    return torch.stack([dx * wx, dy * wy, dw * ww, dh * wh], dim=-1)
 
 
 def decode_boxes(deltas, boxes, weights):
     """The inverse of `encode_boxes`: deltas [..., 4] applied to boxes [..., 4] (broadcast)."""
-    deltas = deltas.float() / boxes.new_tensor(weights)  # boxes stay in float32 under autocast
+    dx, dy, dw, dh = (d / w for d, w in zip(deltas.unbind(dim=-1), weights))
     size = boxes[..., 2:] - boxes[..., :2]
-    centre = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size
-    half = 0.5 * size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    centre = boxes[..., :2] + 0.5 * size + torch.stack([dx, dy], dim=-1) * size
+    half = 0.5 * size * torch.stack([dw, dh], dim=-1).clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -227,7 +228,7 @@ class Backbone(nn.Module):
     def freeze(self, stages, freeze_at):
         self.frozen = stages[:freeze_at]
         for stage in self.frozen:
-            stage.requires_grad_(False)
+            stage.requires_grad_(False).eval()
 
     def train(self, mode=True):
         super().train(mode)
@@ -462,7 +463,8 @@ def pool(features, strides, rois, size, sampling_ratio):
     lowest, highest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
     level = torch.floor(4 + torch.log2(side / 224 + 1e-8)).clamp(lowest, highest) - lowest
     order = level.argsort(stable=True)
-    counts = level.long().bincount(minlength=len(features)).tolist()
+    levels = torch.arange(len(features), device=level.device)
+    counts = (level[:, None] == levels).sum(dim=0).tolist()
     pooled = [
         roi_align(feature.float(), level_rois, size, 1 / stride, sampling_ratio, aligned=True)
         for feature, level_rois, stride in zip(features, rois[order].split(counts), strides)
@@ -763,12 +765,14 @@ class MaskRCNN(nn.Module):
         c = self.config
         boxes = torch.cat([boxes, truth], dim=1)
         valid = torch.cat([valid, truth_valid], dim=1)
-        matched, labels = self.match_rois(boxes, truth, truth_labels, truth_valid, c["box_fg_iou_thresh"][0])
+        matched, labels = self.match_rois(boxes, truth, truth_labels, truth_valid, c["box_fg_iou_thresh"])
         labels = labels.masked_fill(~valid, -1)
         batch_size, fraction = c["box_batch_size_per_image"], c["box_positive_fraction"]
         index, chosen = sample(labels, batch_size, fraction, seeds, salt=2)
-        rois = to_rois(take(boxes, index), chosen)
-        return rois, take(labels, index)[chosen], take(matched, index)[chosen]
+        image, slot = chosen.nonzero(as_tuple=True)  # the one place that waits for the numbers of RoIs
+        index = index[image, slot]
+        rois = torch.cat([image[:, None].to(boxes.dtype), boxes[image, index]], dim=1)
+        return rois, labels[image, index], matched[image, index]
 
     def match_rois(self, boxes, truth, truth_labels, truth_valid, threshold):
         """Boxes [B, P, 4] to the object they overlap most: its index [B, P], and its label or 0."""
@@ -776,30 +780,17 @@ class MaskRCNN(nn.Module):
         best, matched = iou.max(dim=1)
         return matched, torch.where(best >= threshold, take(truth_labels, matched), 0)
 
-    def box_losses(self, features, rois, labels, matched, targets, padded, sizes):
+    def box_losses(self, features, rois, labels, matched, padded, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
 
         Stages 2 and 3 take the boxes that the stage before made of the same RoIs: nothing is sampled
         again, no ground truth is added again, and boxes that became empty are dropped.
         """
-        truth, truth_labels, truth_valid = padded
+        truth = padded[0]
         stages = len(self.box_heads)
         losses = {}
         for stage, head in enumerate(self.box_heads):
             name = f"_{stage + 1}" if stages > 1 else ""
-            if stage > 0:
-                with torch.no_grad():
-                    boxes = decode_boxes(deltas[:, 0], rois[:, 1:], self.box_weights(stage - 1))  # noqa: F821
-                    boxes = clip_boxes(boxes, image_limits(sizes, boxes.device)[rois[:, 0].long(), 0])
-                    filled = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-                    rois = torch.cat([rois[:, :1], boxes], dim=1)[filled]
-                    image = rois[:, 0].long()
-                    threshold = self.config["box_fg_iou_thresh"][stage]
-                    # One "image" per RoI: every RoI against the objects of its own image.
-                    matched, labels = self.match_rois(
-                        rois[:, None, 1:], truth[image], truth_labels[image], truth_valid[image], threshold
-                    )
-                    matched, labels = matched[:, 0], labels[:, 0]
             pooled = self.pool(features, rois, self.config["box_roi_size"])
             if stages > 1:
                 pooled = ScaleGradient.apply(pooled, 1 / stages)
@@ -811,7 +802,7 @@ class MaskRCNN(nn.Module):
                 box_truth = torch.where(foreground[:, None], box_truth, boxes)
                 box_targets = encode_boxes(box_truth, boxes, self.box_weights(stage))
             column = (labels - 1).clamp(min=0) if deltas.shape[1] > 1 else torch.zeros_like(labels)
-            chosen = deltas[torch.arange(len(deltas), device=deltas.device), column]
+            chosen = take(deltas, column[:, None])[:, 0]  # [R, 4]
             loss = F.smooth_l1_loss(
                 chosen, box_targets, reduction="none", beta=self.config["box_smooth_l1_beta"]
             )
@@ -819,7 +810,25 @@ class MaskRCNN(nn.Module):
             count = max(len(labels), 1)
             losses["loss_classifier" + name] = F.cross_entropy(logits, labels, reduction="sum") / count
             losses["loss_box_reg" + name] = (loss * foreground[:, None]).sum() / count
+            if stage + 1 < stages:
+                rois, labels, matched = self.next_rois(rois, deltas, stage, padded, sizes)
         return losses
+
+    @torch.no_grad()
+    def next_rois(self, rois, deltas, stage, padded, sizes):
+        """What a cascade's stage hands to the next: its boxes [R', 5], labels and matched [R']."""
+        truth, truth_labels, truth_valid = padded
+        boxes = decode_boxes(deltas[:, 0], rois[:, 1:], self.box_weights(stage))
+        boxes = clip_boxes(boxes, image_limits(sizes, boxes.device)[rois[:, 0].long(), 0])
+        filled = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        rois = torch.cat([rois[:, :1], boxes], dim=1)[filled]
+        image = rois[:, 0].long()
+        threshold = self.config["cascade_fg_iou_thresh"][stage + 1]
+        # Every RoI as an "image" of one box, against the objects of its own image.
+        matched, labels = self.match_rois(
+            rois[:, None, 1:], truth[image], truth_labels[image], truth_valid[image], threshold
+        )
+        return rois, labels[:, 0], matched[:, 0]
 
     def mask_loss(self, features, rois, labels, matched, targets):
         """Cross-entropy of the true class's mask, mean over foreground RoIs and 28 x 28 pixels."""
@@ -832,7 +841,10 @@ class MaskRCNN(nn.Module):
         return {"loss_mask": loss / max(logits.numel(), 1)}
 
     def keypoint_loss(self, features, rois, matched, targets):
-        """Cross-entropy over the 56 x 56 positions, sum / labelled keypoints in the RoIs."""
+        """Cross-entropy over the 56 x 56 positions, sum / labelled keypoints in the RoIs.
+
+        The RoIs are the foreground of the sampled ones, as in Detectron2; Detectron draws anew.
+        """
         truth = torch.cat(
             [t["keypoints"][matched[rois[:, 0] == i]] for i, t in enumerate(targets)]
         ).float()  # rois are in order of images
@@ -855,9 +867,9 @@ class MaskRCNN(nn.Module):
 
         boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
         rois, labels, matched = self.sample_rois(boxes, valid, *padded, seeds)
-        losses |= self.box_losses(features, rois, labels, matched, targets, padded, sizes)
+        losses |= self.box_losses(features, rois, labels, matched, padded, sizes)
 
-        foreground = labels > 0
+        foreground = (labels > 0).nonzero()[:, 0]
         rois, labels, matched = rois[foreground], labels[foreground], matched[foreground]
         if self.mask_head:
             losses |= self.mask_loss(features, rois, labels, matched, targets)
@@ -940,7 +952,8 @@ DEFAULTS = {
     "box_head_fcs": None,
     "box_head_fc_channels": 1024,
     "box_class_agnostic": False,
-    "box_fg_iou_thresh": (0.5, 0.6, 0.7),  # the second and the third are the cascade's stages
+    "box_fg_iou_thresh": 0.5,
+    "cascade_fg_iou_thresh": (0.5, 0.6, 0.7),  # of the three stages of a cascade
     "box_batch_size_per_image": 512,
     "box_positive_fraction": 0.25,
     "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),

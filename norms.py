@@ -62,8 +62,7 @@ class FrozenBatchNorm(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d over the images of this process alone; the layer that small batches break.
 
-    It differs in one case: a batch without elements (no RoIs) leaves the running statistics as
-    they are, where torch's would become NaN.
+    A batch without elements (no RoIs) leaves the running statistics as they are, on every device.
     """
 
     def forward(self, x):
@@ -115,7 +114,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         world_size = 1
         if dist.is_available() and dist.is_initialized():
             world_size = dist.get_world_size(self.process_group)
-        if x.is_cuda and world_size > 1:
+        if world_size == 1 and x.numel() > 0:
+            return super().forward(x)
+        if world_size > 1 and x.is_cuda:
             return self._forward_cuda(x, world_size)
         return self._forward(x, world_size)
 
@@ -154,8 +155,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         from torch.nn.modules._functions import SyncBatchNorm as fused  # torch's own layer calls it
 
         self.num_batches_tracked += 1
-        layout = torch.channels_last
-        x = x.contiguous(memory_format=layout) if x.is_contiguous(memory_format=layout) else x.contiguous()
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
         group = self.process_group or dist.group.WORLD
         return fused.apply(
             x, self.weight, self.bias, self.running_mean, self.running_var,

@@ -156,19 +156,20 @@ TOY_MODEL = {
 }
 TOY = Recipe(
     model=TOY_MODEL,
-    iterations=660,
-    iterations_pretrained=220,
-    one_x=110,
-    tails=(150, 50),
-    tails_pretrained=(150, 50),
+    iterations=960,
+    iterations_pretrained=320,
+    one_x=160,
+    tails=(210, 70),
+    tails_pretrained=(210, 70),
     batch_size=4,
     images_per_gpu=4,
+    learning_rate=0.1,
     warmup_iterations=50,
-    min_sizes=(160,),
-    max_size=266,
-    test_size=160,
-    eval_every=330,
-    checkpoint_every=330,
+    min_sizes=(128,),
+    max_size=213,
+    test_size=128,
+    eval_every=960,
+    checkpoint_every=240,
     log_every=10,
     paper="(generated data)",
 )
@@ -177,7 +178,7 @@ TOY = Recipe(
 RECIPES = {
     "toy": TOY,
     "toy-syncbn": replace(TOY, norm="syncbn"),
-    "toy-cascade": replace(TOY, cascade_iterations=220, model=TOY_MODEL | {"box_class_agnostic": True}),
+    "toy-cascade": replace(TOY, cascade_iterations=320, model=TOY_MODEL | {"box_class_agnostic": True}),
     "toy-keypoints": replace(TOY, masks=False, keypoints=17),
     "toy-vgg": replace(
         TOY,
@@ -439,8 +440,14 @@ class StopRequest:
 
     def __init__(self):
         self.name = None
-        signal.signal(signal.SIGTERM, self.handle)
-        signal.signal(signal.SIGINT, self.handle)
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame):
         self.name = signal.Signals(number).name
@@ -630,7 +637,7 @@ class Alarm:
 def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
     """Train by `recipe`, which is scaled to the batch already; returns the final metrics.
 
-    run: the command line's settings (name, data, out, init, resume, seed, workers, stop). Raises
+    run: the command line's settings, as `run_command` makes them. Raises
     data.DataError, model.WeightsError, UsageError and Stopped, each with a sentence for the user.
     """
     main = rank == 0
@@ -661,6 +668,8 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
     ddp = wrap(model, device, world_size)
 
     last = recipe.iterations if run.stop is None else min(run.stop, recipe.iterations)
+    if last < iteration:
+        raise UsageError(f"--iterations {last:,} is before the checkpoint to resume from, {iteration:,}.")
     if main:
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.jsonl", iteration)
@@ -690,7 +699,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             "model": model.state_dict(),
             "momentum": momentum_of(model, optimizer),
             "data": model.data_settings,
-            "recipe": run.recipe | {"name": run.name},
+            "recipe": run.settings | {"name": run.name},
             "iteration": iteration,
             "batch_size": recipe.batch_size,
             "world_size": world_size,
@@ -714,13 +723,13 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
                 tqdm.write(f"iteration {iteration:,}  {kind}: {values}")
         return metrics
 
-    stop_request = StopRequest()
     alarm = Alarm()
     metrics = None
     bar = tqdm(total=last, initial=iteration, disable=not main, unit="it", dynamic_ncols=True)
     logged_at, logged_time = iteration, time.perf_counter()
     while True:
         if iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last):
+            alarm.read()  # never evaluate weights that a loss has ruined
             metrics = evaluate_now()
             logged_at, logged_time = iteration, time.perf_counter()
         if iteration >= last:
@@ -741,7 +750,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
         if recipe.clip_gradient > 0:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
         optimizer.step()
-        alarm.set(iteration, losses, total, targets, stop_request.name is not None, world_size)
+        alarm.set(iteration, losses, total, targets, run.stop_request.name is not None, world_size)
         iteration += 1
         bar.update()
 
@@ -767,7 +776,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
                 save()
         if stop:
             bar.close()
-            name = stop_request.name or "another process's signal"
+            name = run.stop_request.name or "another process's signal"
             raise Stopped(f"Stopped by {name} after step {iteration:,}; --resume continues.", code=0)
     bar.close()
     if main:
@@ -855,62 +864,75 @@ def make_recipe(args):
 def run_command(args):
     recipe = make_recipe(args)
     check(recipe, from_random=args.init == "random")
-    args.name, args.stop = args.recipe, args.iterations
-    args.out = args.out or f"runs/{args.recipe}"
+    # What train() is told beside the recipe. settings: the recipe before it is scaled to the batch.
+    run = argparse.Namespace(
+        name=args.recipe,
+        settings=dataclasses.asdict(recipe),
+        data=args.data,
+        out=args.out or f"runs/{args.recipe}",
+        init=args.init,
+        seed=args.seed,
+        workers=args.workers,
+        stop=args.iterations,
+        resume=None,
+    )
     if args.dry_run:
-        world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
-        scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
-        if args.data is None:  # COCO train2017: 117,266 images with an object that is no crowd
-            print(describe_schedule(scaled, args, world_size, 117_266))
-            print(describe_samples(scaled))
-        else:
-            train_set, _ = make_datasets(recipe, args.data)
-            print(describe_schedule(scaled, args, world_size, len(train_set)))
-            print(describe_samples(scaled, *data.average_sample(train_set, recipe.min_sizes, recipe.max_size)))
+        dry_run(recipe, run)
         return
 
     rank, world_size, device = evaluate.start_processes(args.device)
-    args.recipe = dataclasses.asdict(recipe)
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     if args.eval_every:
         recipe = replace(recipe, eval_every=args.eval_every)
-
-    found = checkpoints_in(args.out)
+    found = checkpoints_in(run.out)
     if found and not args.resume:
-        raise UsageError(f"{args.out} holds a run already ({found[-1].name}); give --resume to continue it, "
+        raise UsageError(f"{run.out} holds a run already ({found[-1].name}); give --resume to continue it, "
                          "or another --out.")  # fmt: skip
-    args.resume = None
     if found:
-        args.resume = read_checkpoint(found[-1], args)
+        run.resume = read_checkpoint(found[-1], run)
     elif args.trunk:
-        args.resume = read_trunk(args, recipe)
-    if args.data is None:
-        if not args.name.startswith("toy"):
-            raise UsageError(f"The recipe {args.name} needs --data DIR, a folder in COCO's layout.")
-        args.data = "toy_coco"
+        run.resume = read_trunk(args.trunk, run, recipe)
+    if run.data is None:
+        if not run.name.startswith("toy"):
+            raise UsageError(f"The recipe {run.name} needs --data DIR, a folder in COCO's layout.")
+        run.data = "toy_coco"
         if rank == 0:
-            data.make_toy_coco(args.data)
+            data.make_toy_coco(run.data)
         if world_size > 1:
             dist.barrier()
     if world_size > 1:  # machines that do not share --out would resume different things
-        start = torch.tensor([args.resume["iteration"] if args.resume else 0], device=device)
+        start = torch.tensor([run.resume["iteration"] if run.resume else 0], device=device)
         starts = [torch.zeros_like(start) for _ in range(world_size)]
         dist.all_gather(starts, start)
         if len({int(x) for x in starts}) > 1:
-            raise UsageError(f"The processes do not see the same checkpoints in {args.out}; it must be a folder that "
+            raise UsageError(f"The processes do not see the same checkpoints in {run.out}; it must be a folder that "
                              "all machines share.")  # fmt: skip
-    train(recipe, args, rank, world_size, device)
+    with StopRequest() as run.stop_request:
+        train(recipe, run, rank, world_size, device)
     if world_size > 1:
         dist.destroy_process_group()
 
 
-def read_checkpoint(path, args, may_differ=()):
+def dry_run(recipe, run):
+    """Print the plan of a run, as on as many processes as make the recipe's batch."""
+    world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
+    scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
+    images, sample = 117_266, ()  # COCO train2017: the images with an object that is no crowd
+    if run.data is not None:
+        train_set, _ = make_datasets(recipe, run.data)
+        images = len(train_set)
+        sample = data.average_sample(train_set, recipe.min_sizes, recipe.max_size)
+    print(describe_schedule(scaled, run, world_size, images))
+    print(describe_samples(scaled, *sample))
+
+
+def read_checkpoint(path, run, may_differ=()):
     """The checkpoint to resume from. Raises UsageError if it is one of another run."""
     _, kind, checkpoint = detector.read_weights(path)
     if kind != "own":
         raise detector.WeightsError(f"{path} is not a checkpoint of train.py.")
     theirs = checkpoint["recipe"] | {"seed": checkpoint["seed"]}
-    ours = args.recipe | {"name": args.name, "seed": args.seed}
+    ours = run.settings | {"name": run.name, "seed": run.seed}
     may_differ = (*may_differ, "images_per_gpu")  # how many processes share a batch is no setting
     differ = [k for k in ours if k not in may_differ and json.dumps(theirs.get(k)) != json.dumps(ours[k])]
     if differ:
@@ -920,35 +942,35 @@ def read_checkpoint(path, args, may_differ=()):
     return checkpoint | {"path": path}
 
 
-def read_trunk(args, recipe):
-    """The last checkpoint that this run's schedule shares with the longer run in args.trunk.
+def read_trunk(trunk, run, recipe):
+    """The last checkpoint that this run's schedule shares with the longer run in the folder `trunk`.
 
     All schedules of a recipe are one until their own first drop, for the tails have the same length
     whatever the total. Raises UsageError where that is not so.
     """
     if recipe.cascade_iterations:
         raise UsageError(
-            f"{args.name} cannot branch off a trunk: it is switched to a cascade a fixed time before its end, "
+            f"{run.name} cannot branch off a trunk: it is switched to a cascade a fixed time before its end, "
             "which is earlier than the trunk's; train it from the start."
         )
-    found = checkpoints_in(args.trunk)
+    found = checkpoints_in(trunk)
     if not found:
-        raise UsageError(f"--from {args.trunk}: there is no checkpoint in that folder.")
+        raise UsageError(f"--from {trunk}: there is no checkpoint in that folder.")
     checkpoints = [int(path.stem.split("_")[1]) for path in found]
     first_drop = recipe.iterations - recipe.tails[0]
     shared = [i for i in checkpoints if i <= first_drop]
     if not shared:
-        raise UsageError(f"--from {args.trunk}: its first checkpoint, {checkpoints[0]:,}, is after the first drop "
+        raise UsageError(f"--from {trunk}: its first checkpoint, {checkpoints[0]:,}, is after the first drop "
                          f"of this schedule at {first_drop:,}.")  # fmt: skip
-    path = checkpoint_path(args.trunk, shared[-1])
-    checkpoint = read_checkpoint(path, args, may_differ=("iterations",))
+    path = checkpoint_path(trunk, shared[-1])
+    checkpoint = read_checkpoint(path, run, may_differ=("iterations",))
     if checkpoint["batch_size"] != recipe.batch_size:
-        raise UsageError(f"--from {args.trunk}: it was trained with {checkpoint['batch_size']} images a batch, this "
+        raise UsageError(f"--from {trunk}: it was trained with {checkpoint['batch_size']} images a batch, this "
                          f"run has {recipe.batch_size}; use the same.")  # fmt: skip
     scaled = replace(recipe, iterations=round(checkpoint["recipe"]["iterations"] * recipe.one_x
                                               / checkpoint["recipe"]["one_x"]))  # fmt: skip
     if shared[-1] > scaled.iterations - scaled.tails[0]:
-        raise UsageError(f"--from {args.trunk}: it is the shorter run; branch off a longer one.")
+        raise UsageError(f"--from {trunk}: it is the shorter run; branch off a longer one.")
     return checkpoint
 
 

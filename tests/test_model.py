@@ -180,8 +180,8 @@ def test_sampling_is_a_function_of_the_seed_and_uniform():
     other, _ = detector.sample(labels[5:6], 10, 0.5, seeds[5:6], salt=2)
     assert not torch.equal(other[0], index[5])
     # Every positive is drawn in 5 / 20 of 2000 images: 500 +- sqrt(2000 * 1/4 * 3/4) = 19.4. The
-    # sum of 20 squared deviations in these units is chi-square-like: 19 +- 6.2; 50 is 5 sigma. In the
-    # order of drawing, the first is uniform over the 20 as well: 100 +- 9.7.
+    # sum of 20 squared deviations in these units is chi-square-like: 19 +- 6.2; 50 is 5 sigma.
+    # In the order of drawing, the first is uniform over the 20 as well: 100 +- 9.7.
     positive = index[:, :5]
     counts = positive.flatten().bincount(minlength=20).double()
     assert ((counts - 500) / 19.4).square().sum() < 50 and counts[20:].sum() == 0

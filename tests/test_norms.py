@@ -19,7 +19,7 @@ MOMENTUM = 0.3
 
 
 def run_processes(worker, folder, *args, world_size=2, limit=90):
-    """worker(rank, folder, *args) in processes joined by gloo; fails after `limit` s, never hangs."""
+    """worker(rank, folder, *args) in processes joined by gloo; fails, never hangs."""
     arguments = (worker, world_size, folder, args)
     context = mp.spawn(_start, arguments, nprocs=world_size, join=False)
     end = time.monotonic() + limit

@@ -255,6 +255,12 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not(command, whole_run, mo
     assert command("resumed", "--resume", "--seed", "1") == 2
 
 
+def test_resuming_for_fewer_steps_than_there_were_is_no_crash(command):
+    assert command("short", "--iterations", "3") == 0
+    assert command("short", "--iterations", "2", "--resume") in (0, 2)
+    assert torch.load(train.checkpoints_in(command.folder / "short")[-1])["iteration"] == 3
+
+
 @pytest.mark.parametrize("bad", [3, 5])  # before an evaluation without a checkpoint; the last step
 def test_a_loss_that_is_not_finite_stops_the_run(command, monkeypatch, capsys, bad):
     losses, evaluation = detector.MaskRCNN.losses, evaluate.evaluate
