@@ -7,13 +7,16 @@ Coordinates are continuous: pixel (row i, column j) covers the square [j, j + 1]
 (x1, y1, x2, y2) has the width x2 - x1 without a "+ 1" (Detectron2's convention).
 """
 
+import argparse
 import contextlib
+import glob
 import io
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import warnings
 from xml.etree import ElementTree
@@ -25,6 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 
 class DataError(ValueError):
@@ -103,6 +107,8 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
     Rasterizing at the target's resolution keeps the edges sharp. Only a crop around the object is
     rasterized, for speed: most of an image is not object. The result is the whole image's.
     """
+    if not polygons:
+        return
     height, width = mask.shape
     points = [polygon.reshape(-1, 2) * (scale_x, scale_y) for polygon in polygons]
     if flip:
@@ -232,44 +238,75 @@ def read_coco(annotation_file):
                         f"check the data folder.") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{annotation_file} is not JSON ({error}); download it again.") from None
-    _check(isinstance(content, dict) and "images" in content and "categories" in content,
-           annotation_file, 'is not a COCO annotation file ("images" or "categories" is missing)')
+    for problem in coco_problems(content, annotation_file):
+        raise DataError(problem)
     content.setdefault("annotations", [])
     content.setdefault("info", {})
-
-    images = _by_id(content["images"], "image", annotation_file)
-    for image_id, image in images.items():
-        where = f"{annotation_file}: image {image_id}"
-        _check(isinstance(image.get("file_name"), str), where, 'needs a "file_name"')
-        for side in ("width", "height"):
-            _check(_is_integer(image.get(side)) and image[side] > 0, where,
-                   f'needs a positive integer "{side}"')
-
-    categories = _by_id(content["categories"], "category", annotation_file)
-    for category_id, category in categories.items():
-        where = f"{annotation_file}: category {category_id}"
-        _check(isinstance(category.get("name"), str), where, 'needs a "name"')
-
-    annotations = _by_id(content["annotations"], "annotation", annotation_file)
-    for annotation_id, annotation in annotations.items():
-        image_id = annotation.get("image_id")
-        category_id = annotation.get("category_id")
-        where = f"{annotation_file}: annotation {annotation_id} of image {image_id}"
-        _check(_is_integer(image_id) and image_id in images, where,
-               "belongs to no image of the file")
-        _check(_is_integer(category_id) and category_id in categories, where,
-               f"has category {category_id!r}, which the file does not list")
-        box = annotation.get("bbox")
-        _check(_numbers(box, 4) is not None, where, f'needs a "bbox" of 4 numbers, not {box!r:.60}')
-        _check(annotation.setdefault("iscrowd", 0) in (0, 1), where, '"iscrowd" must be 0 or 1')
-        area = annotation.setdefault("area", box[2] * box[3])
-        _check(_numbers([area], 1) is not None, where, '"area" must be a number')
+    for annotation in content["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
 
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+def coco_problems(content, annotation_file):
+    """Everything that makes parsed JSON unusable as a COCO annotation file, a sentence each.
+
+    Segmentations and keypoints are looked at when they are used (`parse_segmentation`).
+    """
+    if not isinstance(content, dict) or "images" not in content or "categories" not in content:
+        yield (f'{annotation_file} is not a COCO annotation file ("images" or "categories" is '
+               f"missing); choose another.")
+        return
+    ids = {}
+    for key, kind in (("images", "image"), ("categories", "category"), ("annotations", "annotation")):
+        ids[kind] = set()
+        entries = content.get(key, [])
+        if not isinstance(entries, list):
+            yield f"{annotation_file} has no list of entries for {kind}; correct the file."
+            continue
+        for entry in entries:
+            if not isinstance(entry, dict) or not _is_integer(entry.get("id")):
+                yield (f"{annotation_file} has an entry for {kind} without an integer id: "
+                       f"{entry!r:.60}; correct the file.")
+                continue
+            problem = _entry_problem(entry, kind, ids)
+            if entry["id"] in ids[kind]:
+                problem = "appears twice"
+            ids[kind].add(entry["id"])
+            if problem is not None:
+                of_image = f" of image {entry.get('image_id')}" if kind == "annotation" else ""
+                yield f"{annotation_file}: {kind} {entry['id']}{of_image} {problem}; correct the file."
+
+
+def _entry_problem(entry, kind, ids):
+    """What is wrong with an entry, or None; ids: those known of images and categories."""
+    if kind == "image":
+        if not isinstance(entry.get("file_name"), str):
+            return 'needs a "file_name"'
+        for side in ("width", "height"):
+            if not _is_integer(entry.get(side)) or entry[side] <= 0:
+                return f'needs a positive integer "{side}"'
+    elif kind == "category":
+        if not isinstance(entry.get("name"), str):
+            return 'needs a "name"'
+    else:
+        category_id, box = entry.get("category_id"), entry.get("bbox")
+        if not _is_integer(entry.get("image_id")) or entry["image_id"] not in ids["image"]:
+            return "belongs to no image of the file"
+        if not _is_integer(category_id) or category_id not in ids["category"]:
+            return f"has category {category_id!r}, which the file does not list"
+        if _numbers(box, 4) is None:
+            return f'needs a "bbox" of 4 numbers, not {box!r:.60}'
+        if entry.get("iscrowd", 0) not in (0, 1):
+            return 'has an "iscrowd" that is neither 0 nor 1'
+        if _numbers([entry.get("area", 0)], 1) is None:
+            return 'has an "area" that is no number'
+    return None
 
 
 def _check(condition, where, problem):
@@ -294,33 +331,20 @@ def _numbers(values, count=None):
     return array.astype(np.float64)
 
 
-def _by_id(entries, kind, annotation_file):
-    """Checks a list of dicts with distinct integer ids -> {id: dict}."""
-    _check(isinstance(entries, list), annotation_file, f"has no list of entries for {kind}")
-    found = {}
-    for entry in entries:
-        _check(isinstance(entry, dict) and _is_integer(entry.get("id")), annotation_file,
-               f"has an entry for {kind} without an integer id: {entry!r:.60}")
-        _check(entry["id"] not in found, f"{annotation_file}: {kind} {entry['id']}",
-               "appears twice")
-        found[entry["id"]] = entry
-    return found
-
-
 def parse_segmentation(segmentation, height, width, where):
     """Checks a COCO segmentation -> polygons (a list of float64 arrays x, y, x, y, ...) or an RLE.
 
     height, width: of the image, which an RLE must cover. Checked with care, because pycocotools
-    trusts what it is given and writes out of bounds if that is wrong.
+    trusts what it is given and writes out of bounds if that is wrong. Polygons of fewer than three
+    points have no area and are left out, as in Detectron2.
     """
     if isinstance(segmentation, list):
         polygons = [_numbers(polygon) for polygon in segmentation]
-        _check(len(polygons) > 0, where, "has an empty segmentation")
         for polygon in polygons:
-            fine = polygon is not None and len(polygon) >= 6 and len(polygon) % 2 == 0
-            _check(fine and np.abs(polygon).max() < MAX_COORDINATE, where,
+            fine = polygon is not None and len(polygon) % 2 == 0
+            _check(fine and np.abs(polygon).max(initial=0) < MAX_COORDINATE, where,
                    "has a malformed polygon")
-        return polygons
+        return [polygon for polygon in polygons if len(polygon) >= 6]
     _check(isinstance(segmentation, dict) and segmentation.get("size") == [height, width], where,
            f"has a segmentation that is neither polygons nor an RLE of size {[height, width]}")
     counts = segmentation.get("counts")
@@ -1140,3 +1164,150 @@ def _toy_background(rng, height, width):
         ImageDraw.Draw(picture).line(points.ravel().tolist(), width=int(rng.integers(1, 3)),
                                      fill=tuple(rng.integers(0, 256, 3).tolist()))
     return np.array(picture, dtype=np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# The data set's doctor: python data.py DIR
+# ------------------------------------------------------------------------------------------------
+
+
+class _Examination(Dataset):
+    """Item i: what is wrong with image i of a CocoDataset and its objects, and its colours.
+
+    (problems that stop training, remarks, sum and sum of squares of the pixels in [0, 1] by channel,
+    number of pixels)
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        stops, remarks = [], []
+        dataset = self.dataset
+        image_id = dataset.image_ids[index]
+        objects = dataset._record(index)["objects"]
+        height, width = int(dataset.heights[index]), int(dataset.widths[index])
+        where = f"image {image_id}"
+        sums = np.zeros((2, 3))
+        pixels = 0
+        for o in objects:
+            x, y, w, h = o["bbox"]
+            name = f"{where}: annotation {o['id']}"
+            if w <= 0 or h <= 0:
+                remarks.append(f"{name}: its box has no area; it is not trained on")
+            elif min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
+                remarks.append(f"{name}: its box {o['bbox']} leaves the image of {width}x{height}; it is clipped")
+        try:
+            image, target = dataset.load(index)
+            colours = image.float().div_(255).flatten(1).double()
+            sums = np.stack([colours.sum(1).numpy(), colours.square().sum(1).numpy()])
+            pixels = height * width
+            for o, mask, box in zip(objects, target.get("masks", ()), target["boxes"].tolist()):
+                rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+                if len(rows) == 0:
+                    remarks.append(f"{where}: annotation {o['id']}: its mask is empty")
+                    continue
+                tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                apart = max(abs(float(a) - b) for a, b in zip(tight, box))
+                if apart > max(3, 0.1 * max(o["bbox"][2:])):
+                    remarks.append(f"{where}: annotation {o['id']}: mask and box lie up to {apart:.0f} pixels apart")
+        except DataError as error:
+            stops.append(str(error))
+        return stops, remarks, sums, pixels
+
+
+def examine(root, split, keypoints, min_size, max_size, workers, most=20):
+    """Print what is wrong with a split and what it is like; returns whether training would stop."""
+    kind = "person_keypoints" if keypoints else "instances"
+    annotation_file = os.path.join(root, "annotations", f"{kind}_{split}.json")
+    print(f"\n{annotation_file}")
+    try:
+        with open(annotation_file, encoding="utf-8") as file:
+            stops = list(coco_problems(json.load(file), annotation_file))
+    except (OSError, ValueError, RecursionError):
+        stops = []  # said below
+    remarks, samples, dataset = [], [], None
+    if not stops:
+        try:
+            dataset = CocoDataset(os.path.join(root, split), annotation_file, keypoints=keypoints)
+        except DataError as error:
+            stops.append(str(error))
+    if dataset is not None:
+        loader = DataLoader(_Examination(dataset), batch_size=None, num_workers=workers, collate_fn=_unchanged)
+        for image_stops, image_remarks, sums, pixels in tqdm(loader, unit="image", leave=False):
+            stops += image_stops
+            remarks += image_remarks
+            samples.append((sums, pixels))
+    for title, found in (("stop training", stops), ("are worth a look", remarks)):
+        if found:
+            print(f"  {len(found):,} problem{'s' if len(found) > 1 else ''} that {title}:")
+            print("".join(f"    {line}\n" for line in found[:most]), end="")
+            if len(found) > most:
+                print(f"    ... and {len(found) - most:,} more")
+    if dataset is not None and not stops:
+        _describe(dataset, samples, min_size, max_size)
+    return bool(stops)
+
+
+def _describe(dataset, samples, min_size, max_size):
+    """Print the statistics of a data set, and the settings of a recipe that follow from them."""
+    counts = dict.fromkeys(dataset.classes, 0)
+    sides, crowds = [], 0
+    for index in range(len(dataset)):
+        height, width = int(dataset.heights[index]), int(dataset.widths[index])
+        scale = resize_shape(height, width, min_size, max_size)[0] / height
+        for o in dataset._record(index)["objects"]:
+            crowds += o["iscrowd"]
+            counts[dataset.classes[o["label"] - 1]] += 1
+            sides.append(scale * math.sqrt(max(0, o["bbox"][2] * o["bbox"][3])))
+    print(f"  {len(dataset):,} images, {len(sides):,} objects ({crowds:,} crowds), {len(counts)} classes: "
+          + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda c: -c[1])[:12])
+          + (", ..." if len(counts) > 12 else ""))  # fmt: skip
+    sums = sum(s for s, _ in samples)
+    pixels = sum(n for _, n in samples)
+    mean = sums[0] / pixels
+    deviation = np.sqrt(np.maximum(sums[1] / pixels - mean**2, 0))
+    print(f"  image_mean=({', '.join(f'{x:.4f}' for x in mean)}), image_std=({', '.join(f'{x:.4f}' for x in deviation)})")
+    if not sides:
+        return
+    low, middle, high = np.percentile(sides, [5, 50, 95])
+    print(f"  objects at {min_size}/{max_size}: 5 % below {low:.0f} pixels (root of the box's area), half below "
+          f"{middle:.0f}, 5 % above {high:.0f}")  # fmt: skip
+    if low >= 16 and high <= 1024:
+        print("  the anchors of COCO, 32 to 512, cover these sizes")
+        return
+    smallest = 2 ** max(3, round(math.log2(max(low, 8) * 1.5)))  # 1.5 times COCO's own 21 is 32
+    anchors = tuple((smallest * 2**i,) for i in range(5))
+    print(f"  the anchors of COCO, 32 to 512, do not cover these sizes: try anchor_sizes={anchors}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description="Examine a data set in COCO's layout: open every image and annotation, list what is wrong, and "
+        "describe the data set. Exit code 1 if anything would stop training."
+    )
+    parser.add_argument("root", metavar="DIR", help="the folder with annotations/, train2017/, val2017/")
+    parser.add_argument("--min-size", type=int, default=800, help="shorter side of training images (800)")
+    parser.add_argument("--max-size", type=int, default=1333, help="longest side of training images (1333)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images (2)")
+    args = parser.parse_args(arguments)
+    found = sorted(glob.glob(os.path.join(glob.escape(args.root), "annotations", "*_*2017.json")))
+    if not found:
+        print(f"data.py: {args.root} has no annotations/instances_train2017.json; name a folder in COCO's "
+              "layout.", file=sys.stderr)  # fmt: skip
+        return 1
+    stops = False
+    for path in found:
+        kind, _, split = os.path.basename(path)[: -len(".json")].rpartition("_")
+        if kind in ("instances", "person_keypoints"):
+            keypoints = kind == "person_keypoints"
+            stops |= examine(args.root, split, keypoints, args.min_size, args.max_size, args.workers)
+    print("\nSomething above would stop training." if stops else "\nNothing here would stop training.")
+    return int(stops)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,12 +5,13 @@ are functions of seeds, shared by both; the files hold only what came out. The n
 but otherwise the published ones: R50-FPN with GN, SyncBN, frozen BN, cascade, keypoints.
 
 Why the tolerances: both sides compute the same expressions in float32, but sums run in another
-order wherever the code differs (one convolution against another layout, fused or not), and a CPU
-differs from the next. That is some 1e-6 of a value's scale for each layer and adds up over 60 of
-them: `close` allows 1e-4 of the largest value, where a mistake in the model makes 1e-2 and more. What
-follows from proposals (scores, masks, heatmaps) is allowed ten times as much, since a box that moves
-by 1e-4 pixels moves all its samples. NMS and top-k compare such numbers, so where two are as close as that, an object may come or go, or two
-change places: lists of boxes are compared by partners, and one in a hundred may be without.
+order wherever the code differs (other memory layouts, fused or not), and from one CPU to the next.
+That is some 1e-6 of a value's scale in each layer, and adds up over 60 of them: `close` allows 1e-4
+of the largest value, where a mistake in the model makes 1e-2 and more. What follows from proposals
+(scores, masks, heatmaps) is allowed ten times as much, since a box that moves by 1e-4 pixels moves
+all its samples. NMS and top-k compare such numbers: where two are as close as that, a box may come
+or go, or two change places. So lists of boxes are compared by partners, and one in a hundred may be
+without.
 """
 
 import zlib
@@ -48,13 +49,16 @@ CASES = {
 
 # Weights of the predicting layers, in units of 1 / sqrt(inputs): about what makes their outputs spread
 # by 2 (objectness, masks), 3 (classes), 0.3 and 0.5 (boxes).
+PREDICTORS = (
+    "objectness_logits", "anchor_deltas", "cls_score", "bbox_pred", "predictor", "score_lowres"
+)  # fmt: skip
 GAINS = {
-    "gn": dict(objectness_logits=2.2, anchor_deltas=0.4, cls_score=6.3, bbox_pred=1.0, predictor=6.5),
-    "syncbn": dict(objectness_logits=1.2, anchor_deltas=0.23, cls_score=12, bbox_pred=1.9, predictor=3.9),
-    "frozen_bn": dict(objectness_logits=1.5, anchor_deltas=0.28, cls_score=2.7, bbox_pred=0.43, predictor=5.4),
-    "cascade": dict(objectness_logits=1.5, anchor_deltas=0.28, cls_score=2.4, bbox_pred=0.39, predictor=5.3),
-    "keypoints": dict(objectness_logits=1.5, anchor_deltas=0.28, cls_score=3.2, bbox_pred=0.5, score_lowres=5.8),
-}  # fmt: skip
+    "gn": dict(zip(PREDICTORS, (2.2, 0.4, 6.3, 1.0, 6.5))),
+    "syncbn": dict(zip(PREDICTORS, (1.2, 0.23, 12, 1.9, 3.9))),
+    "frozen_bn": dict(zip(PREDICTORS, (1.5, 0.28, 2.7, 0.43, 5.4))),
+    "cascade": dict(zip(PREDICTORS, (1.5, 0.28, 2.4, 0.39, 5.3))),
+    "keypoints": dict(zip(PREDICTORS, (1.5, 0.28, 3.2, 0.5, 0, 5.8))),
+}
 SIZES = [(192, 250), (230, 160)]  # height, width
 OUTPUT_SCALE = 1.5  # detections are mapped to an image of this size, and masks pasted there
 
@@ -175,7 +179,7 @@ def close(ours, theirs, tolerance=1e-4):
 
 
 def partners(boxes, labels, their_boxes, their_labels, distance=0.05):
-    """For each of their boxes the index of ours with the same label within `distance` pixels, or -1."""
+    """For each of their boxes the index of ours: same label, within `distance` pixels; or -1."""
     gap = np.abs(np.asarray(boxes)[None] - their_boxes[:, None]).max(2)
     gap[np.asarray(labels)[None] != their_labels[:, None]] = np.inf
     return np.where(gap.min(1) < distance, gap.argmin(1), -1)

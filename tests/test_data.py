@@ -306,9 +306,7 @@ RLE = {"size": [40, 60], "counts": [100, 300, 2000]}
     ((*OBJECT, "bbox"), [1, 2, 3, "4"], "bbox"),
     ((*OBJECT, "iscrowd"), 2, "iscrowd"),
     ((*OBJECT, "segmentation"), DELETE, "segmentation"),
-    ((*OBJECT, "segmentation"), [], "empty"),
     ((*OBJECT, "segmentation"), "x", "neither polygons nor an RLE"),
-    ((*OBJECT, "segmentation"), [[1, 2, 3, 4]], "malformed polygon"),
     ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], "malformed polygon"),
     ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, None]], "malformed polygon"),
     ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 1e300]], "malformed polygon"),
@@ -611,3 +609,59 @@ def test_real_images_to_train_on(coco_mini):
     # Real annotations are not exact: most boxes are their masks', most visible keypoints on them.
     assert np.median(distances) < 0.6
     assert np.mean(hits) > 0.8
+
+
+# ---- The doctor
+
+
+def test_doctor_lists_everything(tmp_path, capsys):
+    data.make_toy_coco(tmp_path / "toy", train_images=6, val_images=2)
+    root = tmp_path / "toy"
+    assert data.main([str(root), "--workers", "0"]) == 0
+    assert "Nothing here would stop training" in capsys.readouterr().out
+
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    sound = json.dumps(content)
+    first, second, third = content["images"][:3]
+    (root / "train2017" / first["file_name"]).unlink()
+    image = root / "train2017" / second["file_name"]
+    image.write_bytes(image.read_bytes()[:500])
+    third["width"] += 1
+    path.write_text(json.dumps(content))
+    assert data.main([str(root), "--workers", "0"]) == 1
+    printed = capsys.readouterr().out
+    for entry in (first, second, third):
+        assert any(entry["file_name"] in line for line in printed.splitlines()), entry
+
+    content = json.loads(sound)
+    content["annotations"][0]["category_id"] = 99
+    content["annotations"][1]["id"] = content["annotations"][2]["id"]
+    path.write_text(json.dumps(content))
+    assert data.main([str(root), "--workers", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "category 99" in printed and "appears twice" in printed
+
+
+def test_doctor_counts_and_measures(tmp_path, capsys):
+    """Statistics of two images that can be worked out by hand."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").mkdir()
+    images, annotations = [], []
+    for i, grey in enumerate((51, 204)):  # 0.2 and 0.8: mean 0.5, deviation 0.3
+        Image.new("RGB", (200, 100), (grey,) * 3).save(tmp_path / "train2017" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 200, "height": 100})
+        annotations.append({"id": i, "image_id": i, "category_id": 7, "bbox": [10, 10, 40, 40], "area": 1600,
+                            "iscrowd": 0, "segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]]})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "cell"}]}
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    assert data.main([str(tmp_path), "--workers", "0", "--min-size", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 objects (0 crowds), 1 classes: cell 2" in printed
+    assert "image_mean=(0.5000, 0.5000, 0.5000), image_std=(0.3000, 0.3000, 0.3000)" in printed
+    assert "half below 20" in printed  # 40 pixels at half the size
+
+
+def test_polygons_without_area_are_left_out():
+    square = [0.0, 0.0, 4.0, 0.0, 4.0, 4.0, 0.0, 4.0]
+    assert len(data.parse_segmentation([square, [1, 2, 3, 4]], 8, 8, "here")) == 1
