@@ -1177,7 +1177,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     ALLOWED = {
         "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
         "numpy.core.numeric._frombuffer": PickledArray.make,
-        "numpy.core.multiarray.scalar": lambda kind, data: PickledArray.make(data, kind, ()).value[()],
+        "numpy.core.multiarray.scalar": lambda kind, data: PickledArray.make(data, kind, ()).value,
         "numpy.ndarray": None,  # an argument of _reconstruct, never called
         "numpy.dtype": PickledType,
         "_codecs.encode": lambda text, encoding: text.encode("latin1"),
@@ -1223,16 +1223,11 @@ def read_weights(path):
     for key in ("model", "blobs"):
         if isinstance(content.get(key), dict):
             state = content[key]
-    tensors = {}
-    for name, value in state.items():
-        try:
-            if isinstance(value, PickledArray):
-                value = torch.from_numpy(value.value)
-        except (AttributeError, TypeError):
-            raise WeightsError(f"{path} holds no array of numbers as {name!r:.100}.") from None
-        if isinstance(name, str) and torch.is_tensor(value):
-            tensors[name] = value
-    state = tensors
+    try:
+        arrays = {n: torch.from_numpy(v.value) for n, v in state.items() if isinstance(v, PickledArray)}
+    except (AttributeError, TypeError) as error:  # the array is empty, or of a type torch has not
+        raise WeightsError(f"{path} holds an array that is no tensor: {error}.") from None
+    state = {n: v for n, v in (state | arrays).items() if isinstance(n, str) and torch.is_tensor(v)}
     if any("conv2_offset" in name for name in state):
         raise WeightsError(f"{path} has deformable convolutions, which this project does not have.")
     if "model_config" in content:
@@ -1251,14 +1246,6 @@ def read_weights(path):
         f"{path} holds weights, but with the names of no model known here (train.py, Detectron2's "
         "FPN detectors, torchvision's classification, Detectron's ImageNet models)."
     )
-
-
-def read_checkpoint(path):
-    """The whole content of one of our checkpoints. Raises WeightsError if it is anything else."""
-    _, kind, content = read_weights(path)
-    if kind != "own":
-        raise WeightsError(f"{path} is not a checkpoint of train.py.")
-    return content
 
 
 def translate(state, kind, model):

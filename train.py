@@ -810,6 +810,8 @@ def parse_arguments(arguments):
     add("--norm", choices=["gn", "syncbn", "bn", "frozen_bn"], help="another normalization than the recipe's")
     add("--freeze-at", type=int, metavar="N", help="train nothing in the first N of stem, res2, res3, ... "
         "(default: 0 from random weights, 2 when fine-tuning)")  # fmt: skip
+    add("--stride-in-1x1", action="store_true", help="bottlenecks with the stride in the first 1x1, as the MSRA "
+        "weights for --init have it")  # fmt: skip
     add("--subset", type=positive, metavar="N", help="train on N images only: the same ones on every machine")
     add("--images-per-gpu", type=positive, metavar="N", help="images per process; the rate and the schedule are "
         "scaled with the batch (default: the recipe's, 2 on COCO)")  # fmt: skip
@@ -854,6 +856,8 @@ def make_recipe(args):
         changes["norm"] = args.norm
     if args.freeze_at is not None:
         changes["freeze_at"] = args.freeze_at
+    if args.stride_in_1x1:
+        changes["model"] = recipe.model | {"stride_in_1x1": True}
     if args.subset:
         changes["subset"] = args.subset
     if args.images_per_gpu:

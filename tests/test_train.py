@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,6 +254,90 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not(command, whole_run, mo
     for part in ("model", "momentum"):
         assert same(ours[part], expected[part]), part
     assert command("resumed", "--resume", "--seed", "1") == 2
+
+
+def test_a_shorter_schedule_branches_off_the_trunk(command, monkeypatch, capsys):
+    """--from gives the weights that a run of that schedule from the start gives, to the bit."""
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], one_x=1, eval_every=100))
+    assert command("trunk", "--schedule", "6x") == 0
+    kept = [p.name for p in train.checkpoints_in(command.folder / "trunk")]
+    assert "checkpoint_0000002.pth" in kept  # where 5x, with its tail of 3, leaves 6x
+    assert command("branch", "--schedule", "5x", "--from", str(command.folder / "trunk")) == 0
+    assert "after iteration 2" in capsys.readouterr().out
+    assert command("alone", "--schedule", "5x") == 0
+    ours, expected = (
+        torch.load(train.checkpoint_path(command.folder / o, 5)) for o in ("branch", "alone")
+    )
+    for part in ("model", "momentum"):
+        assert same(ours[part], expected[part]), part
+    assert [r["iteration"] for r in read_log(command.folder / "branch") if "loss" in r] == [3, 4, 5]
+
+    for arguments, says in [
+        (["--schedule", "7x", "--from", str(command.folder / "alone")], "shorter run"),
+        (["--schedule", "5x", "--from", str(command.folder / "trunk"), "--seed", "1"], "seed"),
+        (["--schedule", "5x", "--from", str(command.folder / "trunk"), "--images-per-gpu", "1"], "batch"),
+        (["--schedule", "5x", "--from", str(command.folder / "nothing")], "no checkpoint"),
+    ]:
+        assert command("refused", *arguments) == 2
+        assert says in capsys.readouterr().err
+    cascade = replace(RECIPES["tiny"], cascade_iterations=2)
+    monkeypatch.setitem(RECIPES, "tiny", cascade)
+    assert command("refused", "--schedule", "5x", "--from", str(command.folder / "trunk")) == 2
+    assert "cascade" in capsys.readouterr().err
+
+
+def test_resuming_with_another_batch_goes_on_in_images(command, capsys):
+    assert command("batch", "--iterations", "4") == 0
+    assert command("batch", "--resume", "--images-per-gpu", "1") == 0
+    assert "no longer those of an undisturbed run" in capsys.readouterr().out
+    last = torch.load(train.checkpoints_in(command.folder / "batch")[-1])
+    assert (last["iteration"], last["batch_size"]) == (2 * STEPS, 1)  # as many images in all
+
+
+def test_a_cascade_is_switched_and_resumed_on_either_side(command, monkeypatch):
+    """Stages 2 and 3 start as copies of stage 1, the rest keeps its momentum, and resume is exact."""
+    recipe = replace(
+        RECIPES["tiny"], cascade_iterations=3, eval_every=100, checkpoint_every=1,
+        model=RECIPES["tiny"].model | {"box_class_agnostic": True},
+    )  # fmt: skip
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
+    grown = []
+    grow = train.grow_to_cascade
+    monkeypatch.setattr(train, "grow_to_cascade", lambda *a: grown.append((a, grow(*a))) or grown[-1][1])
+    assert command("cascade") == 0
+    (before, before_optimizer, _), (model, optimizer) = grown.pop()
+    old, new = before.state_dict(), model.state_dict()
+    assert old.keys() < new.keys()
+    momentum = train.momentum_of(before, before_optimizer)
+    assert momentum and not any("box_heads.1" in name for name in momentum)
+
+    for stop in ("3", "4"):  # the last step before the switch, and the first after it
+        assert command(f"cascade{stop}", "--iterations", stop) == 0
+        assert command(f"cascade{stop}", "--resume") == 0
+        ours, expected = (
+            torch.load(train.checkpoint_path(command.folder / o, STEPS)) for o in (f"cascade{stop}", "cascade")
+        )
+        assert ours["model_config"]["cascade"]
+        for part in ("model", "momentum"):
+            assert same(ours[part], expected[part]), (stop, part)
+
+
+def test_growing_copies_stage_one_and_keeps_momentum(command):
+    recipe = replace(RECIPES["tiny"], model=RECIPES["tiny"].model | {"box_class_agnostic": True})
+    model = train.make_model(recipe, 5)
+    optimizer = train.make_optimizer(model, recipe)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    grown, grown_optimizer = train.grow_to_cascade(model, optimizer, recipe)
+    state = grown.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+        for stage in ("box_heads.1.", "box_heads.2."):
+            copy = state[name.replace("box_heads.0.", stage)]
+            assert torch.equal(copy, tensor), name
+    momentum, kept = train.momentum_of(model, optimizer), train.momentum_of(grown, grown_optimizer)
+    assert same(momentum, kept)
 
 
 def test_resuming_for_fewer_steps_than_there_were_is_no_crash(command):

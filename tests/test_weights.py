@@ -610,7 +610,6 @@ def test_own_checkpoints(tmp_path, norm):
     other = small_model(norm)
     detector.load_weights(other, tmp_path / "last.pt", verbose=False)
     assert_same(outputs(other), outputs(model))
-    assert detector.read_checkpoint(tmp_path / "last.pt")["iteration"] == 3
     assert (
         len(outputs(detector.load_model(tmp_path / "last.pt", box_score_thresh=1.0))[0]["boxes"])
         == 0
@@ -757,7 +756,7 @@ def bad_files(folder):
         "nothing.pkl": "names of no model known here",
         "other.pth": "names of no model known here",
         "linear.pth": "names of no model known here",
-        "quadruple.pkl": "holds no array of numbers as 'conv1_1_w'",
+        "quadruple.pkl": "holds an array that is no tensor",
         "X152.pkl": "deformable convolutions",
         "C4.pkl": "has no 'backbone.bottom_up.res2.0.conv2.weight'",
         "incomplete.pkl": "has no mask_head.convs.2.norm.bias",

@@ -1,0 +1,103 @@
+"""Can the detector memorize? R50-FPN GN from random weights, until its AP on its own training images is high.
+
+  python tests/memorize.py --data coco --images 8 --size 320 --goal 70 --out runs/memorize
+  python tests/memorize.py --data coco --images 80 --size 800 --batch 8 --goal 80      (with a GPU)
+
+Takes the first images of train2017, by id, that have at least three objects that are no crowds. No
+flips: the images of training are exactly those of the evaluation, which is train.py's. A detector
+that cannot memorize has a bug; 28 x 28 masks allow a mask AP of 96 and more.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import evaluate
+import train
+
+
+class FirstImages(data.CocoDataset):
+    """The first `count` images, by id, with at least three objects."""
+
+    def __init__(self, root, count, training):
+        super().__init__(f"{root}/train2017", f"{root}/annotations/instances_train2017.json", training)
+        objects = [self._record(i)["objects"] for i in range(len(self))]
+        chosen = [i for i, o in enumerate(objects) if sum(not one["iscrowd"] for one in o) >= 3][:count]
+        records = {self.image_ids[i]: self._record(i) for i in chosen}
+        self._store(records)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--rois", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--check", type=int, default=100, help="steps between evaluations")
+    parser.add_argument("--goal", type=float, default=70)
+    parser.add_argument("--out", default="runs/memorize")
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    train_set = FirstImages(args.data, args.images, training=True)
+    test_set = FirstImages(args.data, args.images, training=False)
+    assert train_set.image_ids == test_set.image_ids
+    recipe = replace(
+        train.RECIPES["r50-gn"],
+        model={"box_batch_size_per_image": args.rois},
+        learning_rate=args.rate,
+        iterations=args.steps,
+        tails=(args.steps // 4, args.steps // 12),
+        warmup_iterations=min(100, args.steps // 10),
+    )
+    max_size = round(args.size * 1333 / 800)
+    model = train.make_model(recipe, len(train_set.classes)).to(device).train()
+    model.data_settings = {"min_size": args.size, "max_size": max_size, "classes": train_set.classes,
+                           "category_ids": train_set.category_ids}  # fmt: skip
+    optimizer = train.make_optimizer(model, recipe)
+    samples = [train_set.load(i, args.size, max_size) for i in range(len(train_set))]
+    print(f"{len(samples)} images: {train_set.image_ids}")
+    start = time.perf_counter()
+    order = torch.Generator().manual_seed(0)
+    queue = []
+    for iteration in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(iteration, recipe) * group["rate"]
+        if len(queue) < args.batch:
+            queue += torch.randperm(len(samples), generator=order).tolist()
+        chosen, queue = queue[: args.batch], queue[args.batch :]
+        batch = train.to_device([samples[i][0] for i in chosen], [samples[i][1] for i in chosen], device)
+        for i, target in enumerate(batch[1]):
+            target["seed"] = data.image_seed(0, iteration, i)
+        losses = model(*batch)
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        done = iteration + 1
+        if done % 25 == 0:
+            seconds = (time.perf_counter() - start) / done
+            print(f"step {done}: loss {loss.item():.3f}, {seconds:.2f} s a step", flush=True)
+        if done % args.check == 0 or done == args.steps:
+            metrics = evaluate.evaluate(model, test_set, args.out, workers=0, progress=False)
+            model.train()
+            print(f"step {done}: bbox AP {metrics['bbox']['AP']:.1f}, mask AP {metrics['segm']['AP']:.1f}", flush=True)
+            checkpoint = {"model_config": model.config, "model": model.state_dict(), "data": model.data_settings}
+            train.save_checkpoint(Path(args.out) / "memorized.pth", checkpoint)
+            if min(metrics["bbox"]["AP"], metrics["segm"]["AP"]) > args.goal:
+                return
+
+
+if __name__ == "__main__":
+    main()
