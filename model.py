@@ -1212,7 +1212,7 @@ def read_file(path):
         raise WeightsError(f"{path} cannot be read as weights: {reason}.") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, no tensors by name.")
+        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, no named tensors.")
     return content
 
 
@@ -1224,8 +1224,12 @@ def read_weights(path):
         if isinstance(content.get(key), dict):
             state = content[key]
     try:
-        arrays = {n: torch.from_numpy(v.value) for n, v in state.items() if isinstance(v, PickledArray)}
-    except (AttributeError, TypeError) as error:  # the array is empty, or of a type torch has not
+        arrays = {
+            name: torch.from_numpy(value.value)
+            for name, value in state.items()
+            if isinstance(value, PickledArray)
+        }
+    except (AttributeError, TypeError) as error:  # an array without data, or of a type torch lacks
         raise WeightsError(f"{path} holds an array that is no tensor: {error}.") from None
     state = {n: v for n, v in (state | arrays).items() if isinstance(n, str) and torch.is_tensor(v)}
     if any("conv2_offset" in name for name in state):

@@ -770,7 +770,8 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
                 log.write(record | {"images_per_second": round(speed, 3), "peak_memory_mb": memory})
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
 
-        if stop or iteration in milestones or iteration % recipe.checkpoint_every == 0:
+        due = iteration % recipe.checkpoint_every == 0 or iteration % recipe.eval_every == 0
+        if stop or due or iteration in milestones:  # before an evaluation too: it takes minutes
             alarm.read()
             if main:
                 save()
@@ -780,7 +781,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             raise Stopped(f"Stopped by {name} after step {iteration:,}; --resume continues.", code=0)
     bar.close()
     if main:
-        pictures = evaluate.save_pictures(model, val_set, out / "pictures", count=8)
+        evaluate.save_pictures(model, val_set, out / "pictures", count=8)
         print()
         print(evaluate.format_table(metrics))
         print(f"\nWeights:  {checkpoint_path(out, iteration)}")

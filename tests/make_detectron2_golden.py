@@ -16,8 +16,9 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import model as detector  # noqa: E402
 import test_agreement as shared  # noqa: E402
+
+import model as detector  # noqa: E402
 
 try:
     from detectron2.config import get_cfg
