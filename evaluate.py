@@ -604,7 +604,14 @@ def detect_all(model, dataset, rank, world_size, tta, workers, progress):
 
 
 def evaluate(
-    model, dataset, out=None, rank=0, world_size=1, tta=False, workers=2, per_class=False,
+    model,
+    dataset,
+    out=None,
+    rank=0,
+    world_size=1,
+    tta=False,
+    workers=2,
+    per_class=False,
     progress=True,
 ):
     """Metrics of a model on a data set, in percent; every process gets the same.

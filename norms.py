@@ -16,7 +16,6 @@ This file imports torch only. Each class can be lifted out as it stands.
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import signal
@@ -134,7 +133,11 @@ def small(subset, random, pretrained, paper):
 CASCADE = {"cascade_iterations": 270_000, "model": {"box_class_agnostic": True}}  # Sec. 5.1
 X152 = {"backbone": "resnext152_8x32d", "min_sizes": AUGMENTED, "iterations": SCHEDULES["9x"],
         "iterations_pretrained": SCHEDULES["6x"]}  # fmt: skip
-ENHANCED = {"min_sizes": AUGMENTED, "iterations": SCHEDULES["9x"], "iterations_pretrained": SCHEDULES["6x"]}
+ENHANCED = {
+    "min_sizes": AUGMENTED,
+    "iterations": SCHEDULES["9x"],
+    "iterations_pretrained": SCHEDULES["6x"],
+}
 
 # The whole path in six minutes on two CPU cores: generated shapes and a narrow network, the same
 # code, the same proportions.
@@ -178,7 +181,9 @@ TOY = Recipe(
 RECIPES = {
     "toy": TOY,
     "toy-syncbn": replace(TOY, norm="syncbn"),
-    "toy-cascade": replace(TOY, cascade_iterations=320, model=TOY_MODEL | {"box_class_agnostic": True}),
+    "toy-cascade": replace(
+        TOY, cascade_iterations=320, model=TOY_MODEL | {"box_class_agnostic": True}
+    ),
     "toy-keypoints": replace(TOY, masks=False, keypoints=17),
     "toy-vgg": replace(
         TOY,
@@ -200,7 +205,9 @@ RECIPES = {
     # Figure 5 and Table 3: enhanced baselines
     "r50-gn-aug": Recipe(**ENHANCED, paper="a bar of Figure 5"),
     "r101-gn-aug": Recipe(backbone="resnet101", **ENHANCED, paper="random 45.0 / 39.5"),
-    "r50-gn-aug-cascade": Recipe(**ENHANCED, **CASCADE, paper="with --tta: random mask 41.6, pre-trained 40.9"),
+    "r50-gn-aug-cascade": Recipe(
+        **ENHANCED, **CASCADE, paper="with --tta: random mask 41.6, pre-trained 40.9"
+    ),
     "r101-gn-aug-cascade": Recipe(
         backbone="resnet101",
         **ENHANCED,
@@ -209,7 +216,9 @@ RECIPES = {
     ),
     "x152-gn-aug": Recipe(**X152, paper="random 46.4 / 40.5"),
     "x152-gn-aug-cascade": Recipe(
-        **X152, **CASCADE, paper="random 48.6 / 41.4; with --tta 50.9 / 43.2, pre-trained 50.3 / 42.5"
+        **X152,
+        **CASCADE,
+        paper="random 48.6 / 41.4; with --tta 50.9 / 43.2, pre-trained 50.3 / 42.5",
     ),
     # Figure 6: keypoints (Detectron trains them with scale jitter)
     "r50-gn-keypoints": Recipe(
@@ -381,7 +390,11 @@ def checkpoint_path(out, iteration):
 
 def checkpoints_in(out):
     """Paths of the complete checkpoints of a run, oldest first."""
-    found = [p for p in Path(out).glob("checkpoint_*.pth") if re.fullmatch(r"checkpoint_\d+\.pth", p.name)]
+    found = [
+        p
+        for p in Path(out).glob("checkpoint_*.pth")
+        if re.fullmatch(r"checkpoint_\d+\.pth", p.name)
+    ]
     return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
 
 
@@ -442,7 +455,9 @@ class StopRequest:
         self.name = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_):
@@ -521,7 +536,9 @@ def print_header(recipe, run, model, train_set, val_set, world_size, device):
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     start = "random weights" if run.init == "random" else run.init
     frozen = f", first {recipe.freeze_at} stages frozen" if recipe.freeze_at else ""
-    print(f"{run.name}: {recipe.backbone} {recipe.norm}, {parameters:.1f} M parameters, from {start}{frozen}")
+    print(
+        f"{run.name}: {recipe.backbone} {recipe.norm}, {parameters:.1f} M parameters, from {start}{frozen}"
+    )
     print(describe_schedule(recipe, run, world_size, len(train_set)))
     print(
         f"Data      {run.data}: {len(train_set):,} training images ({train_set.num_dropped:,} without a "
@@ -536,7 +553,9 @@ def print_header(recipe, run, model, train_set, val_set, world_size, device):
                 "the images seen, the rate and the weights continue; which images share a batch, and so the "
                 "weights from here on, are no longer those of an undisturbed run"
             )
-    print(f"Device    {device}, torch {torch.__version__}, seed {run.seed}; everything goes to {run.out}")
+    print(
+        f"Device    {device}, torch {torch.__version__}, seed {run.seed}; everything goes to {run.out}"
+    )
 
 
 def describe_schedule(recipe, run, world_size, num_images):
@@ -560,7 +579,9 @@ def describe_schedule(recipe, run, world_size, num_images):
             f"are divided by {ratio:g}"
         )
     if run.stop is not None and run.stop < recipe.iterations:
-        lines.append(f"Stops     after iteration {run.stop:,} (--iterations), the schedule unchanged")
+        lines.append(
+            f"Stops     after iteration {run.stop:,} (--iterations), the schedule unchanged"
+        )
     return "\n".join(lines)
 
 
@@ -573,7 +594,9 @@ def describe_samples(recipe, objects=7.3, pixels=800 * 1067):
     imagenet = 1.28e6 * 100  # 100 epochs of one-object images, 224 x 224
     fine_tuning = 2 * SCHEDULES["1x"] * 16
     rows = {
-        "this run": [recipe.iterations * recipe.batch_size * x for x in (1, objects, pixels, 800 * 1333)],
+        "this run": [
+            recipe.iterations * recipe.batch_size * x for x in (1, objects, pixels, 800 * 1333)
+        ],
         "ImageNet, 100 epochs": [imagenet, imagenet, imagenet * 224**2, imagenet * 224**2],
         "  + fine-tuning 2x": [
             imagenet + fine_tuning,
@@ -582,9 +605,13 @@ def describe_samples(recipe, objects=7.3, pixels=800 * 1067):
             imagenet * 224**2 + fine_tuning * 800 * 1333,
         ],
     }
-    lines = [f"{'Samples seen (Figure 2)':24}{'images':>10}{'instances':>11}{'pixels':>10}{'at 800x1333':>13}"]
+    lines = [
+        f"{'Samples seen (Figure 2)':24}{'images':>10}{'instances':>11}{'pixels':>10}{'at 800x1333':>13}"
+    ]
     for name, (images, instances, seen, counted) in rows.items():
-        lines.append(f"{name:24}{images / 1e6:>9.1f}M{instances / 1e6:>10.1f}M{seen / 1e12:>9.2f}T{counted / 1e12:>12.2f}T")
+        lines.append(
+            f"{name:24}{images / 1e6:>9.1f}M{instances / 1e6:>10.1f}M{seen / 1e12:>9.2f}T{counted / 1e12:>12.2f}T"
+        )
     return "\n".join(lines)
 
 
@@ -669,7 +696,9 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
 
     last = recipe.iterations if run.stop is None else min(run.stop, recipe.iterations)
     if last < iteration:
-        raise UsageError(f"--iterations {last:,} is before the checkpoint to resume from, {iteration:,}.")
+        raise UsageError(
+            f"--iterations {last:,} is before the checkpoint to resume from, {iteration:,}."
+        )
     if main:
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.jsonl", iteration)
@@ -690,7 +719,9 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
     # Kept for good: where the rate drops, where shorter schedules leave this one, the switch to the
     # cascade and the end. Shorter schedules share this run until their own first drop.
     milestones = {recipe.iterations - tail for tail in recipe.tails} | {last}
-    milestones |= {n * recipe.one_x - recipe.tails[0] for n in range(1, recipe.iterations // recipe.one_x)}
+    milestones |= {
+        n * recipe.one_x - recipe.tails[0] for n in range(1, recipe.iterations // recipe.one_x)
+    }
     milestones |= {recipe.iterations - recipe.cascade_iterations}
 
     def save():
@@ -734,7 +765,10 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             logged_at, logged_time = iteration, time.perf_counter()
         if iteration >= last:
             break
-        if recipe.iterations - iteration <= recipe.cascade_iterations and not model.config["cascade"]:
+        if (
+            recipe.iterations - iteration <= recipe.cascade_iterations
+            and not model.config["cascade"]
+        ):
             model, optimizer = grow_to_cascade(model, optimizer, recipe)
             ddp = wrap(model, device, world_size)
 
@@ -778,7 +812,9 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
         if stop:
             bar.close()
             name = run.stop_request.name or "another process's signal"
-            raise Stopped(f"Stopped by {name} after step {iteration:,}; --resume continues.", code=0)
+            raise Stopped(
+                f"Stopped by {name} after step {iteration:,}; --resume continues.", code=0
+            )
     bar.close()
     if main:
         evaluate.save_pictures(model, val_set, out / "pictures", count=8)
@@ -803,27 +839,70 @@ def parse_arguments(arguments):
     )
     add = parser.add_argument
     add("--recipe", default="toy", metavar="R", help="which experiment; --list shows them")
-    add("--schedule", metavar="Nx", help="length in units of 90k iterations, 1x to 11x (default: the recipe's)")
+    add(
+        "--schedule",
+        metavar="Nx",
+        help="length in units of 90k iterations, 1x to 11x (default: the recipe's)",
+    )
     add("--data", metavar="DIR", help="folder in COCO's layout: annotations/instances_train2017.json, "
         "train2017/, ... (default: generated data, for the toy recipes)")  # fmt: skip
-    add("--out", metavar="DIR", help="folder for checkpoints, log and pictures (default: runs/RECIPE)")
-    add("--init", default="random", metavar="random|PATH", help="random weights, or a file of weights to fine-tune")
-    add("--norm", choices=["gn", "syncbn", "bn", "frozen_bn"], help="another normalization than the recipe's")
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder for checkpoints, log and pictures (default: runs/RECIPE)",
+    )
+    add(
+        "--init",
+        default="random",
+        metavar="random|PATH",
+        help="random weights, or a file of weights to fine-tune",
+    )
+    add(
+        "--norm",
+        choices=["gn", "syncbn", "bn", "frozen_bn"],
+        help="another normalization than the recipe's",
+    )
     add("--freeze-at", type=int, metavar="N", help="train nothing in the first N of stem, res2, res3, ... "
         "(default: 0 from random weights, 2 when fine-tuning)")  # fmt: skip
     add("--stride-in-1x1", action="store_true", help="bottlenecks with the stride in the first 1x1, as the MSRA "
         "weights for --init have it")  # fmt: skip
-    add("--subset", type=positive, metavar="N", help="train on N images only: the same ones on every machine")
+    add(
+        "--subset",
+        type=positive,
+        metavar="N",
+        help="train on N images only: the same ones on every machine",
+    )
     add("--images-per-gpu", type=positive, metavar="N", help="images per process; the rate and the schedule are "
         "scaled with the batch (default: the recipe's, 2 on COCO)")  # fmt: skip
     add("--iterations", type=positive, metavar="N", help="stop after N; never changes the schedule")
-    add("--eval-every", type=positive, metavar="N", help="iterations between evaluations (default: the recipe's)")
-    add("--workers", type=int, default=2, metavar="N", help="processes that load images, for each GPU")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, order of images, flips, sampling")
+    add(
+        "--eval-every",
+        type=positive,
+        metavar="N",
+        help="iterations between evaluations (default: the recipe's)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes that load images, for each GPU",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of weights, order of images, flips, sampling",
+    )
     add("--device", metavar="D", help="cuda or cpu (default: cuda if there is one)")
     add("--from", dest="trunk", metavar="DIR", help="branch off a longer run of the same recipe: continue its "
         "checkpoint from before the first drop of this schedule, through this schedule's own tails")  # fmt: skip
-    add("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out, or start it if there is none",
+    )
     add("--list", action="store_true", help="show the recipes with the paper's AP, and exit")
     add("--dry-run", action="store_true", help="show the plan, and exit; needs no data")
     args = parser.parse_args(arguments)
@@ -939,7 +1018,9 @@ def read_checkpoint(path, run, may_differ=()):
     theirs = checkpoint["recipe"] | {"seed": checkpoint["seed"]}
     ours = run.settings | {"name": run.name, "seed": run.seed}
     may_differ = (*may_differ, "images_per_gpu")  # how many processes share a batch is no setting
-    differ = [k for k in ours if k not in may_differ and json.dumps(theirs.get(k)) != json.dumps(ours[k])]
+    differ = [
+        k for k in ours if k not in may_differ and json.dumps(theirs.get(k)) != json.dumps(ours[k])
+    ]
     if differ:
         values = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differ)
         raise UsageError(f"{path} is a checkpoint of another run, which differs in {values}; give the same "

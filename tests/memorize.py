@@ -27,15 +27,21 @@ class FirstImages(data.CocoDataset):
     """The first `count` images, by id, with at least three objects."""
 
     def __init__(self, root, count, training):
-        super().__init__(f"{root}/train2017", f"{root}/annotations/instances_train2017.json", training)
+        super().__init__(
+            f"{root}/train2017", f"{root}/annotations/instances_train2017.json", training
+        )
         objects = [self._record(i)["objects"] for i in range(len(self))]
-        chosen = [i for i, o in enumerate(objects) if sum(not one["iscrowd"] for one in o) >= 3][:count]
+        chosen = [i for i, o in enumerate(objects) if sum(not one["iscrowd"] for one in o) >= 3][
+            :count
+        ]
         records = {self.image_ids[i]: self._record(i) for i in chosen}
         self._store(records)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--size", type=int, default=320)
@@ -77,7 +83,9 @@ def main():
         if len(queue) < args.batch:
             queue += torch.randperm(len(samples), generator=order).tolist()
         chosen, queue = queue[: args.batch], queue[args.batch :]
-        batch = train.to_device([samples[i][0] for i in chosen], [samples[i][1] for i in chosen], device)
+        batch = train.to_device(
+            [samples[i][0] for i in chosen], [samples[i][1] for i in chosen], device
+        )
         for i, target in enumerate(batch[1]):
             target["seed"] = data.image_seed(0, iteration, i)
         losses = model(*batch)
@@ -92,8 +100,15 @@ def main():
         if done % args.check == 0 or done == args.steps:
             metrics = evaluate.evaluate(model, test_set, args.out, workers=0, progress=False)
             model.train()
-            print(f"step {done}: bbox AP {metrics['bbox']['AP']:.1f}, mask AP {metrics['segm']['AP']:.1f}", flush=True)
-            checkpoint = {"model_config": model.config, "model": model.state_dict(), "data": model.data_settings}
+            print(
+                f"step {done}: bbox AP {metrics['bbox']['AP']:.1f}, mask AP {metrics['segm']['AP']:.1f}",
+                flush=True,
+            )
+            checkpoint = {
+                "model_config": model.config,
+                "model": model.state_dict(),
+                "data": model.data_settings,
+            }
             train.save_checkpoint(Path(args.out) / "memorized.pth", checkpoint)
             if min(metrics["bbox"]["AP"], metrics["segm"]["AP"]) > args.goal:
                 return

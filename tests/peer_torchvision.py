@@ -50,7 +50,9 @@ class NarrowResNet(resnet.ResNet):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         for i, count in enumerate(blocks):
-            layer = self._make_layer(resnet.Bottleneck, stem_width * 2**i, count, stride=1 if i == 0 else 2)
+            layer = self._make_layer(
+                resnet.Bottleneck, stem_width * 2**i, count, stride=1 if i == 0 else 2
+            )
             setattr(self, f"layer{i + 1}", layer)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -66,7 +68,10 @@ def build_peer(recipe, num_classes):
     backbone = BackboneWithFPN(body, layers, channels, c["fpn_channels"], norm_layer=group_norm)
     width = c["fpn_channels"]
     box_head = FastRCNNConvFCHead(
-        (width, 7, 7), [c["box_head_channels"]] * 4, [c["box_head_fc_channels"]], norm_layer=group_norm
+        (width, 7, 7),
+        [c["box_head_channels"]] * 4,
+        [c["box_head_fc_channels"]],
+        norm_layer=group_norm,
     )
     box_predictor = FastRCNNPredictor(c["box_head_fc_channels"], num_classes + 1)
     mask_width = c["mask_head_channels"]
@@ -98,7 +103,9 @@ def coco_ap(model, dataset):
     results = []
     for image, target in tqdm([dataset[i] for i in range(len(dataset))], desc="evaluate"):
         found = model([image.float() / 255])[0]
-        masks = np.asfortranarray((found["masks"][:, 0] >= 0.5).permute(1, 2, 0).numpy().astype(np.uint8))
+        masks = np.asfortranarray(
+            (found["masks"][:, 0] >= 0.5).permute(1, 2, 0).numpy().astype(np.uint8)
+        )
         codes = coco_mask.encode(masks) if masks.shape[2] else []
         for box, label, score, code in zip(found["boxes"], found["labels"], found["scores"], codes):
             x1, y1, x2, y2 = box.tolist()
@@ -122,7 +129,9 @@ def coco_ap(model, dataset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="toy_coco")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int)
@@ -135,7 +144,11 @@ def main():
     model = build_peer(recipe, len(train_set.classes)).train()
     optimizer = train.make_optimizer(model, recipe)
     loader = data.training_loader(
-        train_set, recipe.images_per_gpu, args.seed, min_sizes=recipe.min_sizes, max_size=recipe.max_size
+        train_set,
+        recipe.images_per_gpu,
+        args.seed,
+        min_sizes=recipe.min_sizes,
+        max_size=recipe.max_size,
     )
     start = time.perf_counter()
     bar = tqdm(range(recipe.iterations))
@@ -152,7 +165,9 @@ def main():
             bar.set_postfix_str(f"loss {loss.item():.3f}")
     minutes = (time.perf_counter() - start) / 60
     aps = coco_ap(model, val_set)
-    print(f"torchvision, seed {args.seed}, {recipe.iterations} iterations: {minutes:.1f} minutes of training, {aps}")
+    print(
+        f"torchvision, seed {args.seed}, {recipe.iterations} iterations: {minutes:.1f} minutes of training, {aps}"
+    )
 
 
 if __name__ == "__main__":

@@ -49,9 +49,17 @@ def write_coco(folder, width=60, height=40, **changes):
     content = {
         "images": [{"id": 7, "file_name": "a.png", "width": width, "height": height}],
         "categories": [{"id": 3, "name": "person"}],
-        "annotations": [{"id": 5, "image_id": 7, "category_id": 3, "bbox": [10, 10, 20, 8],
-                         "area": 160, "iscrowd": 0,
-                         "segmentation": [[10, 10, 30, 10, 30, 18, 10, 18]]}],
+        "annotations": [
+            {
+                "id": 5,
+                "image_id": 7,
+                "category_id": 3,
+                "bbox": [10, 10, 20, 8],
+                "area": 160,
+                "iscrowd": 0,
+                "segmentation": [[10, 10, 30, 10, 30, 18, 10, 18]],
+            }
+        ],
     }
     content.update(copy.deepcopy(changes))
     (folder / "coco.json").write_text(json.dumps(content))
@@ -61,6 +69,7 @@ def write_coco(folder, width=60, height=40, **changes):
 # ------------------------------------------------------------------------------------------------
 # Transforms
 # ------------------------------------------------------------------------------------------------
+
 
 def test_resize_shape_is_detectron2s():
     for given, expected in (
@@ -105,9 +114,17 @@ def test_image_box_mask_and_keypoints_move_together(tmp_path, min_size, flip):
     rle["counts"] = rle["counts"].decode()
     polygon = [[x1, y1, x2, y1, x2, y2, x1, y2]]
     keypoints = [0, 0, 0, x1, y1, 2, x2 - 1, y2 - 1, 1] + [0] * 42
-    objects = [{"id": k, "image_id": 7, "category_id": 3, "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "keypoints": keypoints, "segmentation": segmentation}
-               for k, segmentation in enumerate((polygon, rle))]
+    objects = [
+        {
+            "id": k,
+            "image_id": 7,
+            "category_id": 3,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "keypoints": keypoints,
+            "segmentation": segmentation,
+        }
+        for k, segmentation in enumerate((polygon, rle))
+    ]
     paths = write_coco(tmp_path, width, height, annotations=objects)
     Image.fromarray(mask * np.uint8(255)).save(tmp_path / "a.png")
 
@@ -120,7 +137,7 @@ def test_image_box_mask_and_keypoints_move_together(tmp_path, min_size, flip):
     for seen in (image[0].numpy() > 127, *target["masks"].numpy()):
         assert (extent(seen) - box).abs().max() <= 0.5 + 1e-4
         left, top, right, bottom = extent(seen).int().tolist()
-        assert seen[top + 1:bottom - 1, left + 1:right - 1].all()
+        assert seen[top + 1 : bottom - 1, left + 1 : right - 1].all()
     # The eye marked in the upper left pixel is a half pixel inside that corner; mirrored, it is in
     # the upper right one and has become the right eye.
     upper = 2 if flip else 1
@@ -134,8 +151,10 @@ def test_image_box_mask_and_keypoints_move_together(tmp_path, min_size, flip):
 
 def test_keypoint_flip_swaps_left_and_right():
     names = [data.KEYPOINT_NAMES[k] for k in data.KEYPOINT_FLIP]
-    swapped = [name.replace("left", "L").replace("right", "left").replace("L", "right")
-               for name in data.KEYPOINT_NAMES]
+    swapped = [
+        name.replace("left", "L").replace("right", "left").replace("L", "right")
+        for name in data.KEYPOINT_NAMES
+    ]
     assert names == swapped
 
 
@@ -167,6 +186,7 @@ def test_masks_of_generated_images_are_pycocotools(toy):
 # Reading images
 # ------------------------------------------------------------------------------------------------
 
+
 def picture(mode):
     """A 16 x 16 image of a mode that should be read as the colour given with it."""
     if mode == "I;16":
@@ -181,9 +201,22 @@ def picture(mode):
     return image.quantize() if mode == "P" else image.convert(mode), (10, 100, 200)
 
 
-@pytest.mark.parametrize("mode, suffix", [
-    ("RGB", "png"), ("L", "png"), ("LA", "png"), ("1", "png"), ("P", "png"), ("RGBA", "png"),
-    ("I;16", "png"), ("I;16", "tiff"), ("CMYK", "jpg"), ("CMYK", "tiff"), ("L", "jpg")])
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [
+        ("RGB", "png"),
+        ("L", "png"),
+        ("LA", "png"),
+        ("1", "png"),
+        ("P", "png"),
+        ("RGBA", "png"),
+        ("I;16", "png"),
+        ("I;16", "tiff"),
+        ("CMYK", "jpg"),
+        ("CMYK", "tiff"),
+        ("L", "jpg"),
+    ],
+)
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
     image, color = picture(mode)
     path = tmp_path / f"image.{suffix}"
@@ -245,15 +278,28 @@ def make_bad_image(folder, kind):
     return "a.png"
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("truncated", "truncated"), ("no image", "cannot be read"), ("bomb", "pixels"),
-    ("postscript", "cannot identify"), ("missing", "does not exist"), ("link", "leads out of"),
-    ("dots", "leads out of"), ("absolute", "leads out of"), ("null", "leads out of")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("truncated", "truncated"),
+        ("no image", "cannot be read"),
+        ("bomb", "pixels"),
+        ("postscript", "cannot identify"),
+        ("missing", "does not exist"),
+        ("link", "leads out of"),
+        ("dots", "leads out of"),
+        ("absolute", "leads out of"),
+        ("null", "leads out of"),
+    ],
+)
 def test_bad_image_files(tmp_path, kind, message):
     write_coco(tmp_path)
     name = make_bad_image(tmp_path, kind)
-    (tmp_path / "coco.json").write_text(json.dumps({
-        "images": [{"id": 7, "file_name": name, "width": 60, "height": 40}], "categories": []}))
+    (tmp_path / "coco.json").write_text(
+        json.dumps(
+            {"images": [{"id": 7, "file_name": name, "width": 60, "height": 40}], "categories": []}
+        )
+    )
     dataset = CocoDataset(tmp_path, tmp_path / "coco.json")
     with pytest.raises(DataError, match=message) as caught:
         dataset[0]
@@ -266,8 +312,10 @@ def test_bad_image_files(tmp_path, kind, message):
 # COCO
 # ------------------------------------------------------------------------------------------------
 
+
 def changed(path, value):
     """A function that sets content[path[0]][path[1]]... to value, or deletes it for DELETE."""
+
     def change(content):
         for key in path[:-1]:
             content = content[key]
@@ -275,6 +323,7 @@ def changed(path, value):
             del content[path[-1]]
         else:
             content[path[-1]] = value
+
     return change
 
 
@@ -283,41 +332,44 @@ OBJECT = ("annotations", 0)
 RLE = {"size": [40, 60], "counts": [100, 300, 2000]}
 
 
-@pytest.mark.parametrize("path, value, message", [
-    (("images",), DELETE, "not a COCO annotation file"),
-    (("categories",), DELETE, "not a COCO annotation file"),
-    (("images",), {}, "list"),
-    (("images", 0), [], "without an integer id"),
-    (("images", 0, "id"), "7", "without an integer id"),
-    (("images", 0, "file_name"), DELETE, "image 7.*file_name"),
-    (("images", 0, "width"), 0, "image 7.*width"),
-    (("images", 0, "height"), 40.5, "image 7.*height"),
-    (("images", 0, "width"), 61, "60x40 pixels but annotated as 61x40"),
-    (("images",), [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}] * 2, "twice"),
-    (("annotations",), DELETE, "no image to train on"),
-    ((*OBJECT, "id"), DELETE, "without an integer id"),
-    ((*OBJECT, "image_id"), 8, "annotation 5 of image 8 belongs to no image"),
-    ((*OBJECT, "image_id"), [7], "belongs to no image"),
-    ((*OBJECT, "category_id"), 99, "annotation 5 of image 7 has category 99"),
-    ((*OBJECT, "category_id"), DELETE, "has category None"),
-    ((*OBJECT, "bbox"), DELETE, "bbox"),
-    ((*OBJECT, "bbox"), [1, 2, 3], "bbox"),
-    ((*OBJECT, "bbox"), [1, 2, 3, float("nan")], "bbox"),
-    ((*OBJECT, "bbox"), [1, 2, 3, "4"], "bbox"),
-    ((*OBJECT, "iscrowd"), 2, "iscrowd"),
-    ((*OBJECT, "segmentation"), DELETE, "segmentation"),
-    ((*OBJECT, "segmentation"), "x", "neither polygons nor an RLE"),
-    ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], "malformed polygon"),
-    ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, None]], "malformed polygon"),
-    ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 1e300]], "malformed polygon"),
-    ((*OBJECT, "segmentation"), [1, 2, 3, 4, 5, 6], "malformed polygon"),
-    ((*OBJECT, "segmentation"), {**RLE, "size": [60, 40]}, r"size \[40, 60\]"),
-    ((*OBJECT, "segmentation"), {**RLE, "counts": [100, 300, 2001]}, "counts"),
-    ((*OBJECT, "segmentation"), {**RLE, "counts": [100, -300, 2600]}, "counts"),
-    ((*OBJECT, "segmentation"), {**RLE, "counts": "oooooo"}, "counts"),
-    ((*OBJECT, "segmentation"), {**RLE, "counts": "é"}, "counts"),
-    ((*OBJECT, "segmentation"), {**RLE, "counts": None}, "counts"),
-])
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("images",), DELETE, "not a COCO annotation file"),
+        (("categories",), DELETE, "not a COCO annotation file"),
+        (("images",), {}, "list"),
+        (("images", 0), [], "without an integer id"),
+        (("images", 0, "id"), "7", "without an integer id"),
+        (("images", 0, "file_name"), DELETE, "image 7.*file_name"),
+        (("images", 0, "width"), 0, "image 7.*width"),
+        (("images", 0, "height"), 40.5, "image 7.*height"),
+        (("images", 0, "width"), 61, "60x40 pixels but annotated as 61x40"),
+        (("images",), [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}] * 2, "twice"),
+        (("annotations",), DELETE, "no image to train on"),
+        ((*OBJECT, "id"), DELETE, "without an integer id"),
+        ((*OBJECT, "image_id"), 8, "annotation 5 of image 8 belongs to no image"),
+        ((*OBJECT, "image_id"), [7], "belongs to no image"),
+        ((*OBJECT, "category_id"), 99, "annotation 5 of image 7 has category 99"),
+        ((*OBJECT, "category_id"), DELETE, "has category None"),
+        ((*OBJECT, "bbox"), DELETE, "bbox"),
+        ((*OBJECT, "bbox"), [1, 2, 3], "bbox"),
+        ((*OBJECT, "bbox"), [1, 2, 3, float("nan")], "bbox"),
+        ((*OBJECT, "bbox"), [1, 2, 3, "4"], "bbox"),
+        ((*OBJECT, "iscrowd"), 2, "iscrowd"),
+        ((*OBJECT, "segmentation"), DELETE, "segmentation"),
+        ((*OBJECT, "segmentation"), "x", "neither polygons nor an RLE"),
+        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], "malformed polygon"),
+        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, None]], "malformed polygon"),
+        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 1e300]], "malformed polygon"),
+        ((*OBJECT, "segmentation"), [1, 2, 3, 4, 5, 6], "malformed polygon"),
+        ((*OBJECT, "segmentation"), {**RLE, "size": [60, 40]}, r"size \[40, 60\]"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": [100, 300, 2001]}, "counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": [100, -300, 2600]}, "counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": "oooooo"}, "counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": "é"}, "counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": None}, "counts"),
+    ],
+)
 def test_bad_annotations(tmp_path, path, value, message):
     folder, annotation_file = write_coco(tmp_path)
     content = json.loads(annotation_file.read_text())
@@ -344,9 +396,13 @@ def test_training_leaves_out_what_evaluation_keeps(tmp_path):
     images = [{"id": k, "file_name": "a.png", "width": 60, "height": 40} for k in (9, 4, 6, 5)]
     good = {"bbox": [50, 10, 20, 8], "category_id": 90, "iscrowd": 0}  # sticks out at the right
     objects = [
-        {"image_id": 4, **good, "iscrowd": 1}, {"image_id": 5, **good, "bbox": [10, 10, 0, 8]},
-        {"image_id": 5, **good, "bbox": [70, 10, 5, 8]}, {"image_id": 6, **good, "iscrowd": 1},
-        {"image_id": 6, **good}, {"image_id": 6, **good, "category_id": 2}]
+        {"image_id": 4, **good, "iscrowd": 1},
+        {"image_id": 5, **good, "bbox": [10, 10, 0, 8]},
+        {"image_id": 5, **good, "bbox": [70, 10, 5, 8]},
+        {"image_id": 6, **good, "iscrowd": 1},
+        {"image_id": 6, **good},
+        {"image_id": 6, **good, "category_id": 2},
+    ]
     objects = [{"id": k, **o} for k, o in enumerate(objects, start=1)]
     categories = [{"id": 90, "name": "z"}, {"id": 2, "name": "b"}, {"id": 17, "name": "c"}]
     paths = write_coco(tmp_path, images=images, annotations=objects, categories=categories)
@@ -383,15 +439,16 @@ def test_keypoint_training_keeps_images_with_a_labelled_keypoint(toy):
 # Sampler and loader
 # ------------------------------------------------------------------------------------------------
 
+
 def take(iterator, count):
     return list(itertools.islice(iterator, count))
 
 
 def sizes(landscape, portrait):
-    return types.SimpleNamespace(widths=np.array([4, 3] * 3 + [4] * (landscape - 3)
-                                                 + [3] * (portrait - 3)),
-                                 heights=np.array([3, 4] * 3 + [3] * (landscape - 3)
-                                                  + [4] * (portrait - 3)))
+    return types.SimpleNamespace(
+        widths=np.array([4, 3] * 3 + [4] * (landscape - 3) + [3] * (portrait - 3)),
+        heights=np.array([3, 4] * 3 + [3] * (landscape - 3) + [4] * (portrait - 3)),
+    )
 
 
 def test_image_seed_is_a_fixed_hash():
@@ -422,12 +479,13 @@ def test_sampler_shows_every_image_once_an_epoch_in_groups_of_one_orientation():
 def test_sampler_is_a_function_of_the_iteration_and_ranks_share_the_batch():
     dataset = sizes(landscape=11, portrait=6)
     whole = take(data.BatchSampler(dataset, 2, seed=1), 60)
-    ranks = [take(data.BatchSampler(dataset, 2, seed=1, rank=r, world_size=3), 20)
-             for r in range(3)]
+    ranks = [
+        take(data.BatchSampler(dataset, 2, seed=1, rank=r, world_size=3), 20) for r in range(3)
+    ]
     for i in range(20):
         # The same stream, dealt out: iteration i of three processes is 3i, 3i + 1, 3i + 2 of one.
         together = [index for r in range(3) for index, _ in ranks[r][i]]
-        assert together == [index for batch in whole[3 * i:3 * i + 3] for index, _ in batch]
+        assert together == [index for batch in whole[3 * i : 3 * i + 3] for index, _ in batch]
         # The random numbers depend on the place in the whole batch.
         seeds = [seed for r in range(3) for _, seed in ranks[r][i]]
         assert seeds == [data.image_seed(1, i, position) for position in range(6)]
@@ -435,16 +493,17 @@ def test_sampler_is_a_function_of_the_iteration_and_ranks_share_the_batch():
         later = data.BatchSampler(dataset, 2, seed=1, rank=r, world_size=3, start_iteration=7)
         assert take(later, 13) == ranks[r][7:]
     # Resumed at iteration 7 by two processes instead of three, the stream goes on where it was.
-    resumed = data.BatchSampler(dataset, 2, seed=1, world_size=2, start_iteration=7,
-                                first_image=42)
+    resumed = data.BatchSampler(dataset, 2, seed=1, world_size=2, start_iteration=7, first_image=42)
     assert [index for index, _ in next(iter(resumed))] == [index for index, _ in whole[21]]
 
 
 def test_sampler_with_fewer_images_than_a_group():
     dataset = types.SimpleNamespace(widths=np.array([4, 4, 3]), heights=np.array([3, 3, 4]))
     groups = take(data.BatchSampler(dataset, images_per_gpu=4), 2)
-    assert sorted(sorted(index for index, _ in group) for group in groups) \
-        == [[0, 0, 1, 1], [2, 2, 2, 2]]
+    assert sorted(sorted(index for index, _ in group) for group in groups) == [
+        [0, 0, 1, 1],
+        [2, 2, 2, 2],
+    ]
 
 
 def test_training_set_draws_by_the_seed(toy):
@@ -481,8 +540,11 @@ def test_spawned_workers_load_the_same_batches_and_hand_errors_over(toy, tmp_pat
     assert [image.dtype for image in images] == [torch.uint8] * 2
     assert targets[0]["masks"].shape[1:] == images[0].shape[1:]
 
-    sampled = [dataset.image_ids[index] for batch in take(data.BatchSampler(dataset, 2, 5), 3)
-               for index, _ in batch]
+    sampled = [
+        dataset.image_ids[index]
+        for batch in take(data.BatchSampler(dataset, 2, 5), 3)
+        for index, _ in batch
+    ]
     assert sampled == [target["image_id"] for _, targets in expected for target in targets]
     missing = next(i for i in dataset.image_ids if i not in sampled)
     (root / "train2017" / f"{missing:012d}.jpg").unlink()
@@ -502,6 +564,7 @@ def test_annotations_do_not_travel_to_the_workers(toy):
 # ------------------------------------------------------------------------------------------------
 # Generated data
 # ------------------------------------------------------------------------------------------------
+
 
 def test_toy_has_everything(toy):
     file_names = set()
@@ -548,8 +611,11 @@ def test_toy_keypoints_are_marked_where_they_are(toy):
 
 def test_toy_is_a_function_of_the_seed_and_written_once(toy, tmp_path):
     def contents(root):
-        return {path.relative_to(root): path.read_bytes()
-                for path in sorted(root.rglob("*")) if path.is_file()}
+        return {
+            path.relative_to(root): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file()
+        }
 
     before = {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
     data.make_toy_coco(toy, train_images=24, val_images=8)
@@ -583,6 +649,7 @@ def test_toy_interrupted_leaves_nothing(tmp_path, monkeypatch, module, function)
 # ------------------------------------------------------------------------------------------------
 # Real images
 # ------------------------------------------------------------------------------------------------
+
 
 def test_real_images_and_all_kinds_of_masks(coco_mini):
     dataset = open_split(coco_mini, "val")
@@ -651,9 +718,22 @@ def test_doctor_counts_and_measures(tmp_path, capsys):
     for i, grey in enumerate((51, 204)):  # 0.2 and 0.8: mean 0.5, deviation 0.3
         Image.new("RGB", (200, 100), (grey,) * 3).save(tmp_path / "train2017" / f"{i}.png")
         images.append({"id": i, "file_name": f"{i}.png", "width": 200, "height": 100})
-        annotations.append({"id": i, "image_id": i, "category_id": 7, "bbox": [10, 10, 40, 40], "area": 1600,
-                            "iscrowd": 0, "segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]]})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "cell"}]}
+        annotations.append(
+            {
+                "id": i,
+                "image_id": i,
+                "category_id": 7,
+                "bbox": [10, 10, 40, 40],
+                "area": 1600,
+                "iscrowd": 0,
+                "segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]],
+            }
+        )
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 7, "name": "cell"}],
+    }
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
     assert data.main([str(tmp_path), "--workers", "0", "--min-size", "50"]) == 0
     printed = capsys.readouterr().out
@@ -682,7 +762,9 @@ def make_voc(root, objects, split="trainval", folder="VOC2007", name="000012"):
         for kind, difficult, box in objects
     )
     path = base / "Annotations" / f"{name}.xml"
-    path.write_text(f"<annotation><size><width>60</width><height>40</height></size>{entries}</annotation>")
+    path.write_text(
+        f"<annotation><size><width>60</width><height>40</height></size>{entries}</annotation>"
+    )
     return path
 
 
@@ -699,7 +781,11 @@ def test_voc_boxes_include_their_last_pixel_and_difficult_ones_only_count_for_no
     boxes, difficult = truths[data.VOC_CLASSES.index("cat") + 1][12]
     assert boxes.tolist() == [[10, 5, 20, 15]] and difficult.tolist() == [True]
 
-    for broken in ("<annotation>", "<annotation></annotation>", path.read_text().replace("dog", "dragon")):
+    for broken in (
+        "<annotation>",
+        "<annotation></annotation>",
+        path.read_text().replace("dog", "dragon"),
+    ):
         path.write_text(broken)
         with pytest.raises(DataError, match="000012.xml"):
             data.VocDataset(tmp_path, splits)

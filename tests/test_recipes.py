@@ -74,13 +74,19 @@ def test_rates_are_those_of_the_paper(name, init, schedule, total, first, second
         (second, rate * decay**2),
         (total - 1, rate * decay**2),
     ]:
-        assert train.learning_rate(iteration, recipe) == pytest.approx(expected, rel=1e-12), iteration
+        assert train.learning_rate(iteration, recipe) == pytest.approx(expected, rel=1e-12), (
+            iteration
+        )
 
 
 def test_linear_scaling_of_the_9x_models_with_64_images():
     # Detectron2's 9x models: batch 64, lr 0.08, 202,500 iterations, drops 15,000 and 5,000 before the end
     recipe = train.scale_to_batch(recipe_of("r50-gn-aug"), 64)
-    assert (recipe.iterations, recipe.tails, recipe.learning_rate) == (202_500, (15_000, 5_000), 0.08)
+    assert (recipe.iterations, recipe.tails, recipe.learning_rate) == (
+        202_500,
+        (15_000, 5_000),
+        0.08,
+    )
     assert recipe.warmup_iterations == 500  # kept for larger batches
     recipe = train.scale_to_batch(recipe_of("r50-gn"), 64)
     assert recipe.iterations == 135_000
@@ -102,7 +108,12 @@ def test_cascades_are_switched_270k_iterations_before_the_end():
 
 
 def test_subset_and_sizes():
-    assert [recipe_of(f"r50-gn-{n}").subset for n in ("35k", "10k", "3.5k", "1k")] == [35_000, 10_000, 3_500, 1_000]
+    assert [recipe_of(f"r50-gn-{n}").subset for n in ("35k", "10k", "3.5k", "1k")] == [
+        35_000,
+        10_000,
+        3_500,
+        1_000,
+    ]
     assert recipe_of("r50-gn").min_sizes == (800,)
     assert recipe_of("r50-gn-aug").min_sizes == (640, 672, 704, 736, 768, 800)
     assert recipe_of("r50-gn-1k").min_sizes == (512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
@@ -176,7 +187,13 @@ def test_multiply_adds_of_the_backbones():
     """X152 8x32d is the paper's "about 4x" of R101; 32x8d is not. R50 and R101 as in torchvision."""
     image = torch.zeros(1, 3, 800, 1216, device="meta")
     cost = {}
-    for name in ("resnet50", "resnet101", "resnext152_8x32d", "resnext152_32x8d", "resnext101_32x8d"):
+    for name in (
+        "resnet50",
+        "resnet101",
+        "resnext152_8x32d",
+        "resnext152_32x8d",
+        "resnext101_32x8d",
+    ):
         with torch.device("meta"):
             cost[name] = multiply_adds(detector.build_model(name).backbone, image)
     assert cost["resnext152_8x32d"] / cost["resnet101"] == pytest.approx(4.24, abs=0.01)
@@ -217,7 +234,11 @@ SMALL_FPN = {
     "rpn_post_nms_top_n_test": 10,
     "box_batch_size_per_image": 16,
 }
-SMALL_VGG = {"stem_width": 8, "box_head_fc_channels": 64, **{k: v for k, v in SMALL_FPN.items() if "rpn" in k}}
+SMALL_VGG = {
+    "stem_width": 8,
+    "box_head_fc_channels": 64,
+    **{k: v for k, v in SMALL_FPN.items() if "rpn" in k},
+}
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +252,11 @@ def tiny_coco(tmp_path_factory):
 def tiny_voc(tmp_path_factory, tiny_coco):
     """The generated images as a VOC devkit: disks are persons, everything else is a car."""
     root = tmp_path_factory.mktemp("voc") / "VOCdevkit"
-    for split, folder, listed in [("train", "VOC2007", "trainval"), ("train", "VOC2012", "train"), ("val", "VOC2012", "val")]:
+    for split, folder, listed in [
+        ("train", "VOC2007", "trainval"),
+        ("train", "VOC2012", "train"),
+        ("val", "VOC2012", "val"),
+    ]:
         content = json.loads((tiny_coco / f"annotations/instances_{split}2017.json").read_text())
         for sub in ("Annotations", "JPEGImages", "ImageSets/Main"):
             (root / folder / sub).mkdir(parents=True, exist_ok=True)
@@ -252,7 +277,9 @@ def tiny_voc(tmp_path_factory, tiny_coco):
                         f"<ymax>{y + h:.0f}</ymax></bndbox></object>"
                     )
             size = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
-            (root / folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+            (root / folder / "Annotations" / f"{name}.xml").write_text(
+                f"<annotation>{size}{objects}</annotation>"
+            )
         (root / folder / "ImageSets/Main" / f"{listed}.txt").write_text("\n".join(names))
     return root.parent
 
@@ -281,7 +308,18 @@ def test_recipe_in_miniature(name, tiny_coco, tiny_voc, tmp_path, monkeypatch, c
     )
     monkeypatch.setitem(train.RECIPES, name, miniature)
     root = tiny_voc if name == "r101-gn-voc" else tiny_coco
-    arguments = ["--recipe", name, "--data", str(root), "--out", str(tmp_path), "--workers", "0", "--device", "cpu"]
+    arguments = [
+        "--recipe",
+        name,
+        "--data",
+        str(root),
+        "--out",
+        str(tmp_path),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     assert train.main(arguments) == 0
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]

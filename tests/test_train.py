@@ -275,7 +275,10 @@ def test_a_shorter_schedule_branches_off_the_trunk(command, monkeypatch, capsys)
     for arguments, says in [
         (["--schedule", "7x", "--from", str(command.folder / "alone")], "shorter run"),
         (["--schedule", "5x", "--from", str(command.folder / "trunk"), "--seed", "1"], "seed"),
-        (["--schedule", "5x", "--from", str(command.folder / "trunk"), "--images-per-gpu", "1"], "batch"),
+        (
+            ["--schedule", "5x", "--from", str(command.folder / "trunk"), "--images-per-gpu", "1"],
+            "batch",
+        ),
         (["--schedule", "5x", "--from", str(command.folder / "nothing")], "no checkpoint"),
     ]:
         assert command("refused", *arguments) == 2
@@ -303,7 +306,9 @@ def test_a_cascade_is_switched_and_resumed_on_either_side(command, monkeypatch):
     monkeypatch.setitem(RECIPES, "tiny", recipe)
     grown = []
     grow = train.grow_to_cascade
-    monkeypatch.setattr(train, "grow_to_cascade", lambda *a: grown.append((a, grow(*a))) or grown[-1][1])
+    monkeypatch.setattr(
+        train, "grow_to_cascade", lambda *a: grown.append((a, grow(*a))) or grown[-1][1]
+    )
     assert command("cascade") == 0
     (before, before_optimizer, _), (model, optimizer) = grown.pop()
     old, new = before.state_dict(), model.state_dict()
@@ -315,7 +320,8 @@ def test_a_cascade_is_switched_and_resumed_on_either_side(command, monkeypatch):
         assert command(f"cascade{stop}", "--iterations", stop) == 0
         assert command(f"cascade{stop}", "--resume") == 0
         ours, expected = (
-            torch.load(train.checkpoint_path(command.folder / o, STEPS)) for o in (f"cascade{stop}", "cascade")
+            torch.load(train.checkpoint_path(command.folder / o, STEPS))
+            for o in (f"cascade{stop}", "cascade")
         )
         assert ours["model_config"]["cascade"]
         for part in ("model", "momentum"):
