@@ -1,4 +1,6 @@
-"""The data: transforms, COCO, sampler and loader, generated data.
+"""The data: transforms, COCO and PASCAL VOC, sampler and loader, generated data, and a doctor.
+
+  python data.py DIR      examines a data set in COCO's layout before you train on it
 
 Everything here yields the same pair, (image, target): the image a uint8 RGB tensor [3, H, W], the
 target a dict of plain tensors in the pixels of that image. Nothing here knows about the model.
@@ -157,8 +159,34 @@ def image_path(image_dir, file_name, image_id=None):
         inside = False
     if not inside:
         raise DataError(f"Image {image_id}: the file name {file_name!r} leads out of {image_dir}; "
-                        f"image files must lie in that folder.")
+                        "image files must lie in that folder.")
     return path
+
+
+def _to_rgb(image, where):
+    """A PIL image of any mode as RGB, 8 bits each."""
+    if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would cut them off at 255
+        array = np.asarray(image).astype(np.int64)
+        if array.min() < 0 or array.max() > 65535:
+            raise DataError(f"{where} has more than 16 bits a pixel; convert it to 8 bits.")
+        return Image.fromarray(((array + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise DataError(f"{where} has floating-point pixels; convert it to 8 bits.")
+    return image.convert("RGB")
+
+
+def _orient(image, width, height, where):
+    """Applies the EXIF orientation of a PIL image or not, by the annotated size."""
+    shown = image.size
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation in (5, 6, 7, 8):  # those that swap the sides
+        shown = image.size[::-1]
+    if width is None or shown == (width, height):
+        return ImageOps.exif_transpose(image) if orientation != 1 else image
+    if image.size == (width, height):
+        return image
+    raise DataError(f"{where} is {image.size[0]}x{image.size[1]} pixels but annotated as "
+                    f"{width}x{height}; correct the annotation or the file.")
 
 
 def read_image(path, width=None, height=None, image_id=None):
@@ -183,104 +211,41 @@ def read_image(path, width=None, height=None, image_id=None):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{where} has more than {Image.MAX_IMAGE_PIXELS} pixels; shrink it or "
-                        f"remove it.") from None
+                        "remove it.") from None
     except Exception as error:  # a damaged file can make a decoder fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where} cannot be read as an image ({reason}); replace it or remove "
-                        f"it.") from None
+                        "it.") from None
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def _orient(image, width, height, where):
-    """Applies the EXIF orientation of a PIL image or not, by the annotated size."""
-    shown = image.size
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    if orientation in (5, 6, 7, 8):  # those that swap the sides
-        shown = image.size[::-1]
-    if width is None or shown == (width, height):
-        return ImageOps.exif_transpose(image) if orientation != 1 else image
-    if image.size == (width, height):
-        return image
-    raise DataError(f"{where} is {image.size[0]}x{image.size[1]} pixels but annotated as "
-                    f"{width}x{height}; correct the annotation or the file.")
-
-
-def _to_rgb(image, where):
-    """A PIL image of any mode as RGB, 8 bits each."""
-    if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would cut them off at 255
-        array = np.asarray(image).astype(np.int64)
-        if array.min() < 0 or array.max() > 65535:
-            raise DataError(f"{where} has more than 16 bits a pixel; convert it to 8 bits.")
-        return Image.fromarray(((array + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError(f"{where} has floating-point pixels; convert it to 8 bits.")
-    return image.convert("RGB")
-
-
 # ------------------------------------------------------------------------------------------------
-# COCO
+# COCO's annotation files, checked: pycocotools trusts what it is given
 # ------------------------------------------------------------------------------------------------
 
 MAX_COORDINATE = 1e5  # pixels; beyond it, pycocotools' integers overflow
 
 
-def read_coco(annotation_file):
-    """Reads and checks a COCO annotation file -> pycocotools' COCO object, without its prints.
+def _check(condition, where, problem):
+    if not condition:
+        raise DataError(f"{where} {problem}; correct the file.")
 
-    A file without "annotations" (COCO's test splits) is one without objects. "iscrowd" and "area"
-    are filled in where a file lacks them: 0, and the area of the box. DataError on anything else.
-    """
+
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _numbers(values, count=None):
+    """A JSON list of (count) finite numbers as a float64 array, or None if it is anything else."""
+    if not isinstance(values, list) or (count is not None and len(values) != count):
+        return None
     try:
-        with open(annotation_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise DataError(f"Annotation file {annotation_file} cannot be opened ({error.strerror}); "
-                        f"check the data folder.") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotation_file} is not JSON ({error}); download it again.") from None
-    for problem in coco_problems(content, annotation_file):
-        raise DataError(problem)
-    content.setdefault("annotations", [])
-    content.setdefault("info", {})
-    for annotation in content["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def coco_problems(content, annotation_file):
-    """Everything that makes parsed JSON unusable as a COCO annotation file, a sentence each.
-
-    Segmentations and keypoints are looked at when they are used (`parse_segmentation`).
-    """
-    if not isinstance(content, dict) or "images" not in content or "categories" not in content:
-        yield (f'{annotation_file} is not a COCO annotation file ("images" or "categories" is '
-               f"missing); choose another.")
-        return
-    ids = {}
-    for key, kind in (("images", "image"), ("categories", "category"), ("annotations", "annotation")):
-        ids[kind] = set()
-        entries = content.get(key, [])
-        if not isinstance(entries, list):
-            yield f"{annotation_file} has no list of entries for {kind}; correct the file."
-            continue
-        for entry in entries:
-            if not isinstance(entry, dict) or not _is_integer(entry.get("id")):
-                yield (f"{annotation_file} has an entry for {kind} without an integer id: "
-                       f"{entry!r:.60}; correct the file.")
-                continue
-            problem = _entry_problem(entry, kind, ids)
-            if entry["id"] in ids[kind]:
-                problem = "appears twice"
-            ids[kind].add(entry["id"])
-            if problem is not None:
-                of_image = f" of image {entry.get('image_id')}" if kind == "annotation" else ""
-                yield f"{annotation_file}: {kind} {entry['id']}{of_image} {problem}; correct the file."
+        array = np.array(values)
+    except ValueError:  # lists of different lengths
+        return None
+    if array.ndim != 1 or array.dtype.kind not in "if" or not np.isfinite(array).all():
+        return None
+    return array.astype(np.float64)
 
 
 def _entry_problem(entry, kind, ids):
@@ -309,54 +274,65 @@ def _entry_problem(entry, kind, ids):
     return None
 
 
-def _check(condition, where, problem):
-    if not condition:
-        raise DataError(f"{where} {problem}; correct the file.")
+def coco_problems(content, annotation_file):
+    """Everything that makes parsed JSON unusable as a COCO annotation file, a sentence each.
 
-
-def _is_integer(value):
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _numbers(values, count=None):
-    """A JSON list of (count) finite numbers as a float64 array, or None if it is anything else."""
-    if not isinstance(values, list) or (count is not None and len(values) != count):
-        return None
-    try:
-        array = np.array(values)
-    except ValueError:  # lists of different lengths
-        return None
-    if array.ndim != 1 or array.dtype.kind not in "if" or not np.isfinite(array).all():
-        return None
-    return array.astype(np.float64)
-
-
-def parse_segmentation(segmentation, height, width, where):
-    """Checks a COCO segmentation -> polygons (a list of float64 arrays x, y, x, y, ...) or an RLE.
-
-    height, width: of the image, which an RLE must cover. Checked with care, because pycocotools
-    trusts what it is given and writes out of bounds if that is wrong. Polygons of fewer than three
-    points have no area and are left out, as in Detectron2.
+    Segmentations and keypoints are looked at when they are used (`parse_segmentation`).
     """
-    if isinstance(segmentation, list):
-        polygons = [_numbers(polygon) for polygon in segmentation]
-        for polygon in polygons:
-            fine = polygon is not None and len(polygon) % 2 == 0
-            _check(fine and np.abs(polygon).max(initial=0) < MAX_COORDINATE, where,
-                   "has a malformed polygon")
-        return [polygon for polygon in polygons if len(polygon) >= 6]
-    _check(isinstance(segmentation, dict) and segmentation.get("size") == [height, width], where,
-           f"has a segmentation that is neither polygons nor an RLE of size {[height, width]}")
-    counts = segmentation.get("counts")
-    if isinstance(counts, str):
-        counts = _decode_counts(counts)
-        rle = segmentation
-    else:
-        rle = None
-    fine = isinstance(counts, list) and len(counts) > 0 and all(map(_is_integer, counts))
-    _check(fine and min(counts) >= 0 and sum(counts) == height * width, where,
-           "has an RLE whose counts do not add up to the image's pixels")
-    return rle or coco_mask.frPyObjects(segmentation, height, width)
+    if not isinstance(content, dict) or "images" not in content or "categories" not in content:
+        yield (f'{annotation_file} is not a COCO annotation file ("images" or "categories" is '
+               "missing); choose another.")
+        return
+    ids = {}
+    keys = {"image": "images", "category": "categories", "annotation": "annotations"}
+    for kind, key in keys.items():
+        ids[kind] = set()
+        entries = content.get(key, [])
+        if not isinstance(entries, list):
+            yield f"{annotation_file} has no list of entries for {kind}; correct the file."
+            continue
+        for entry in entries:
+            if not isinstance(entry, dict) or not _is_integer(entry.get("id")):
+                yield (f"{annotation_file} has an entry for {kind} without an integer id: "
+                       f"{entry!r:.60}; correct the file.")
+                continue
+            problem = _entry_problem(entry, kind, ids)
+            if entry["id"] in ids[kind]:
+                problem = "appears twice"
+            ids[kind].add(entry["id"])
+            if problem is not None:
+                of_image = f" of image {entry.get('image_id')}" if kind == "annotation" else ""
+                yield (f"{annotation_file}: {kind} {entry['id']}{of_image} {problem}; "
+                       "correct the file.")
+
+
+def read_coco(annotation_file):
+    """Reads and checks a COCO annotation file -> pycocotools' COCO object, without its prints.
+
+    A file without "annotations" (COCO's test splits) is one without objects. "iscrowd" and "area"
+    are filled in where a file lacks them: 0, and the area of the box. DataError on anything else.
+    """
+    try:
+        with open(annotation_file, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise DataError(f"Annotation file {annotation_file} cannot be opened ({error.strerror}); "
+                        "check the data folder.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{annotation_file} is not JSON ({error}); download it again.") from None
+    for problem in coco_problems(content, annotation_file):
+        raise DataError(problem)
+    content.setdefault("annotations", [])
+    content.setdefault("info", {})
+    for annotation in content["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
 
 
 def _decode_counts(text):
@@ -384,6 +360,37 @@ def _decode_counts(text):
     return counts if shift == 0 else None
 
 
+def parse_segmentation(segmentation, height, width, where):
+    """Checks a COCO segmentation -> polygons (a list of float64 arrays x, y, x, y, ...) or an RLE.
+
+    height, width: of the image, which an RLE must cover. Checked with care, because pycocotools
+    trusts what it is given and writes out of bounds if that is wrong. Polygons of fewer than three
+    points have no area and are left out, as in Detectron2.
+    """
+    if isinstance(segmentation, list):
+        polygons = [_numbers(polygon) for polygon in segmentation]
+        for polygon in polygons:
+            fine = polygon is not None and len(polygon) % 2 == 0
+            _check(fine and np.abs(polygon).max(initial=0) < MAX_COORDINATE, where,
+                   "has a malformed polygon")
+        return [polygon for polygon in polygons if len(polygon) >= 6]
+    _check(isinstance(segmentation, dict) and segmentation.get("size") == [height, width], where,
+           f"has a segmentation that is neither polygons nor an RLE of size {[height, width]}")
+    counts = segmentation.get("counts")
+    compressed = isinstance(counts, str)
+    if compressed:
+        counts = _decode_counts(counts)
+    fine = isinstance(counts, list) and len(counts) > 0 and all(map(_is_integer, counts))
+    _check(fine and min(counts) >= 0 and sum(counts) == height * width, where,
+           "has an RLE whose counts do not add up to the image's pixels")
+    return segmentation if compressed else coco_mask.frPyObjects(segmentation, height, width)
+
+
+# ------------------------------------------------------------------------------------------------
+# COCO's images and objects, all of them or a subset (Sec. 5.2)
+# ------------------------------------------------------------------------------------------------
+
+
 def image_seed(seed, iteration, position):
     """The seed of one image of the batch: a hash, int in [0, 2**63).
 
@@ -407,10 +414,37 @@ def choose_subset(image_ids, count):
     """
     image_ids = list(image_ids)
     if len(image_ids) < count:
-        raise DataError(f"A subset of {count:,} images is asked for, but there are {len(image_ids):,} with "
-                        f"usable objects; choose a smaller one.")
+        raise DataError(f"A subset of {count:,} images is asked for, but there are "
+                        f"{len(image_ids):,} with usable objects; choose a smaller one.")
     chosen = set(sorted(image_ids, key=lambda image_id: image_seed(0, image_id, 0))[:count])
     return [image_id for image_id in image_ids if image_id in chosen]
+
+
+def _keypoint_categories(categories, annotation_file):
+    """The one category with keypoints: the person, with COCO's 17."""
+    persons = [category for category in categories if category["name"] == "person"]
+    _check(len(persons) == 1, annotation_file, 'has no category "person" with keypoints')
+    _check(persons[0].get("keypoints", KEYPOINT_NAMES) == KEYPOINT_NAMES, annotation_file,
+           "lists other keypoints than COCO's 17")
+    return persons
+
+
+def _is_usable(o, width, height):
+    """Whether an object is trained on: no crowd, and a box with an area inside the image."""
+    x, y, w, h = o["bbox"]
+    inside_x = min(x + w, width) - max(x, 0)
+    inside_y = min(y + h, height) - max(y, 0)
+    least = 1e-3  # pixels; less would vanish in float32
+    return not o["iscrowd"] and min(w, h, inside_x, inside_y) >= least
+
+
+def _xyxy(boxes, width, height):
+    """COCO's boxes (x, y, w, h) -> float32 [N, 4] (x1, y1, x2, y2), clipped to the image."""
+    boxes = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+    return boxes.float()
 
 
 class CocoDataset(Dataset):
@@ -464,15 +498,15 @@ class CocoDataset(Dataset):
     def _store(self, records, subset=None):
         """Keep the records: {image id: {"file_name", "size": (w, h), "objects"}}."""
         if not records:
-            raise DataError(f"{self.annotation_file} has no image "
-                            f"{'to train on' if self.training else ''}; choose another file.")
+            purpose = " to train on" if self.training else ""
+            raise DataError(f"{self.annotation_file} has no image{purpose}; choose another file.")
         self.image_ids = list(records) if subset is None else choose_subset(records, subset)
         records = [records[image_id] for image_id in self.image_ids]
         self.widths, self.heights = np.array([record["size"] for record in records]).T
         self.num_objects = sum(len(record["objects"]) for record in records)
         records = [json.dumps(record).encode() for record in records]
         # One flat tensor instead of millions of Python objects: workers share its memory, whether
-        # forked (a Python object would be copied as soon as its reference count changes) or spawned.
+        # spawned or forked (a Python object is copied as soon as its reference count changes).
         self._offsets = torch.tensor([0] + [len(record) for record in records]).cumsum(0)
         self._records = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
 
@@ -552,55 +586,56 @@ class CocoDataset(Dataset):
         return torch.from_numpy(masks)
 
 
-def _keypoint_categories(categories, annotation_file):
-    """The one category with keypoints: the person, with COCO's 17."""
-    persons = [category for category in categories if category["name"] == "person"]
-    _check(len(persons) == 1, annotation_file, 'has no category "person" with keypoints')
-    _check(persons[0].get("keypoints", KEYPOINT_NAMES) == KEYPOINT_NAMES, annotation_file,
-           "lists other keypoints than COCO's 17")
-    return persons
-
-
-def _xyxy(boxes, width, height):
-    """COCO's boxes (x, y, w, h) -> float32 [N, 4] (x1, y1, x2, y2), clipped to the image."""
-    boxes = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
-    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
-    return boxes.float()
-
-
-def _is_usable(o, width, height):
-    """Whether an object is trained on: no crowd, and a box with an area inside the image."""
-    x, y, w, h = o["bbox"]
-    inside_x = min(x + w, width) - max(x, 0)
-    inside_y = min(y + h, height) - max(y, 0)
-    least = 1e-3  # pixels; less would vanish in float32
-    return not o["iscrowd"] and min(w, h, inside_x, inside_y) >= least
-
-
 # ------------------------------------------------------------------------------------------------
 # PASCAL VOC (Sec. 5.2)
 # ------------------------------------------------------------------------------------------------
 
-VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-               "train", "tvmonitor"]
+VOC_CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+]
+
+
+def read_voc(path):
+    """One XML file of VOC: {"size": (w, h), "objects": [{"id", "label", "bbox", ...}]}."""
+    try:
+        tree = ElementTree.parse(path).getroot()
+        size = tuple(int(tree.find("size").find(side).text) for side in ("width", "height"))
+        objects = []
+        for i, entry in enumerate(tree.iter("object")):
+            name = entry.find("name").text.strip()
+            if name not in VOC_CLASSES:
+                raise DataError(f"{path}: object {i} is a {name!r}, which is no class of VOC.")
+            box = entry.find("bndbox")
+            x1, y1, x2, y2 = (float(box.find(c).text) for c in ("xmin", "ymin", "xmax", "ymax"))
+            x1, y1 = x1 - 1, y1 - 1  # VOC counts pixels from 1 and includes the last one
+            difficult = entry.find("difficult")
+            objects.append({
+                "id": i, "label": VOC_CLASSES.index(name) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "iscrowd": 0, "difficult": difficult is not None and difficult.text.strip() == "1",
+            })
+    except OSError:
+        raise DataError(f"{path} cannot be read; unpack VOC's devkit whole.") from None
+    except DataError:
+        raise
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is no annotation of VOC ({error}).") from None
+    return {"size": size, "objects": objects}
 
 
 class VocDataset(CocoDataset):
     """PASCAL VOC's devkit as it unpacks; the same pairs as CocoDataset, boxes only.
 
     root: the folder with VOC2007/ and VOC2012/, or with VOCdevkit/. splits: (folder, list of
-    ImageSets/Main), e.g. [("VOC2007", "trainval"), ("VOC2012", "train")]. VOC counts pixels from 1
-    and includes the last one: (xmin - 1, ymin - 1, xmax, ymax) here. "Difficult" objects are not
-    trained on, and count for nothing in the evaluation, as VOC's protocol has it. An image's id is
-    its name as a number (2008_000002: 2008000002).
+    ImageSets/Main), e.g. [("VOC2007", "trainval"), ("VOC2012", "train")]. "Difficult" objects are
+    not trained on, and count for nothing in the evaluation, as VOC's protocol has it. An image's id
+    is its name as a number (2008_000002: 2008000002).
 
     DataError for a missing or malformed file.
     """
 
-    def __init__(self, root, splits, training=False):
+    def __init__(self, root, splits, training=False, subset=None):
         root = os.fspath(root)
         if os.path.isdir(os.path.join(root, "VOCdevkit")):
             root = os.path.join(root, "VOCdevkit")
@@ -617,11 +652,11 @@ class VocDataset(CocoDataset):
                 with open(listed) as file:
                     names = file.read().split()
             except OSError:
-                raise DataError(f"{listed} cannot be read; unpack VOC's devkit into {root}.") from None
+                raise DataError(f"{listed} cannot be read; unpack VOC's devkit into "
+                                f"{root}.") from None
             listed_images += len(names)
             for name in names:
-                path = os.path.join(root, folder, "Annotations", f"{name}.xml")
-                record = read_voc(path)
+                record = read_voc(os.path.join(root, folder, "Annotations", f"{name}.xml"))
                 record["file_name"] = f"{folder}/JPEGImages/{name}.jpg"
                 if training:
                     record["objects"] = [o for o in record["objects"]
@@ -629,10 +664,10 @@ class VocDataset(CocoDataset):
                 if record["objects"] or not training:
                     records[int(name.replace("_", ""))] = record
         self.num_dropped = listed_images - len(records)
-        self._store(records)
+        self._store(records, subset)
 
     def voc_truths(self):
-        """{category id: {image id: (boxes [N, 4] float64 xyxy, difficult [N] bool)}}, for the metric."""
+        """For the metric: {category id: {image id: (boxes [N, 4] xyxy, difficult [N] bool)}}."""
         truths = {category: {} for category in self.category_ids}
         for index, image_id in enumerate(self.image_ids):
             objects = self._record(index)["objects"]
@@ -640,34 +675,14 @@ class VocDataset(CocoDataset):
                 chosen = [o for o in objects if o["label"] == category]
                 boxes = np.array([o["bbox"] for o in chosen], dtype=np.float64)
                 boxes[:, 2:] += boxes[:, :2]
-                truths[category][image_id] = boxes, np.array([o["difficult"] for o in chosen], dtype=bool)
+                difficult = np.array([o["difficult"] for o in chosen], dtype=bool)
+                truths[category][image_id] = boxes, difficult
         return truths
 
 
-def read_voc(path):
-    """One XML file of VOC: {"size": (w, h), "objects": [{"id", "label", "bbox", ...}]}."""
-    try:
-        tree = ElementTree.parse(path).getroot()
-        size = tuple(int(tree.find("size").find(side).text) for side in ("width", "height"))
-        objects = []
-        for i, entry in enumerate(tree.iter("object")):
-            name = entry.find("name").text.strip()
-            if name not in VOC_CLASSES:
-                raise DataError(f"{path}: object {i} is a {name!r}, which is no class of VOC.")
-            corners = [float(entry.find("bndbox").find(c).text) for c in ("xmin", "ymin", "xmax", "ymax")]
-            x1, y1, x2, y2 = corners[0] - 1, corners[1] - 1, corners[2], corners[3]
-            difficult = entry.find("difficult")
-            objects.append({
-                "id": i, "label": VOC_CLASSES.index(name) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "iscrowd": 0, "difficult": difficult is not None and difficult.text.strip() == "1",
-            })
-    except OSError:
-        raise DataError(f"{path} cannot be read; unpack VOC's devkit whole.") from None
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} is no annotation of VOC ({error}).") from None
-    return {"size": size, "objects": objects}
+# ------------------------------------------------------------------------------------------------
+# A data set by its folder, COCO's or VOC's
+# ------------------------------------------------------------------------------------------------
 
 
 def open_split(root, split, training=False, masks=True, keypoints=False, subset=None):
@@ -680,10 +695,10 @@ def open_split(root, split, training=False, masks=True, keypoints=False, subset=
     root = os.fspath(root)
     if any(os.path.isdir(os.path.join(root, folder)) for folder in ("VOCdevkit", "VOC2012")):
         if masks or keypoints:
-            raise DataError(f"{root} is a VOC devkit, which has boxes only; use a recipe without masks "
-                            "and keypoints, such as r101-gn-voc.")
+            raise DataError(f"{root} is a VOC devkit, which has boxes only; use a recipe without "
+                            "masks and keypoints, such as r101-gn-voc.")
         if training:
-            return VocDataset(root, [("VOC2007", "trainval"), ("VOC2012", "train")], training=True)
+            return VocDataset(root, [("VOC2007", "trainval"), ("VOC2012", "train")], True, subset)
         return VocDataset(root, [("VOC2012", "val")])
     kind = "person_keypoints" if keypoints else "instances"
     annotations = os.path.join(root, "annotations", f"{kind}_{split}.json")
@@ -692,20 +707,20 @@ def open_split(root, split, training=False, masks=True, keypoints=False, subset=
 
 def average_sample(dataset, min_sizes, max_size):
     """What Figure 2 counts: objects an image, and pixels of an image as the loader makes it."""
-    pixels = [
-        h * w
-        for min_size in min_sizes
-        for h, w in (resize_shape(*hw, min_size, max_size)
-                     for hw in zip(dataset.heights.tolist(), dataset.widths.tolist()))
-    ]
+    pixels = [math.prod(resize_shape(height, width, min_size, max_size))
+              for height, width in zip(dataset.heights.tolist(), dataset.widths.tolist())
+              for min_size in min_sizes]
     return dataset.num_objects / len(dataset), sum(pixels) / len(pixels)
 
 
 # ------------------------------------------------------------------------------------------------
-# Sampler and loader: which image comes when, and how it is changed, is a function of
-# (seed, iteration, position in the batch), never the state of a generator. So a run can be resumed
-# at any iteration, with any number of workers, and sees the same images.
+# Sampler and loader
 # ------------------------------------------------------------------------------------------------
+
+# Which image comes when, and how it is changed, is a function of (seed, iteration, position in the
+# batch), never the state of a generator. So a run can be resumed at any iteration, with any number
+# of workers, and sees the same images.
+
 
 class TrainingSet(Dataset):
     """A dataset as it is trained on: training_set[index, seed] -> (image, target), transformed.
@@ -853,209 +868,63 @@ COCO_SKELETON = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 
                  [7, 9], [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]
 
 
-def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
-    """Writes a generated data set in COCO's layout to the folder root; one that is there is reused.
-
-    annotations/{instances,person_keypoints}_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg.
-    The same seed gives the same data; the splits share nothing. The folder appears under its name
-    only when complete. DataError if root holds anything else.
-    """
-    root = os.path.abspath(root)
-    settings = {"version": TOY_VERSION, "train": train_images, "val": val_images, "seed": seed}
-    if _is_toy(root, settings):
-        return
-    parent, name = os.path.split(root)
-    os.makedirs(parent, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=name + ".unfinished-", dir=parent)
-    try:
-        os.mkdir(os.path.join(unfinished, "annotations"))
-        _write_toy_split(unfinished, "train", train_images, [seed, 0], first_id=1)
-        _write_toy_split(unfinished, "val", val_images, [seed, 1], first_id=500_001)
-        with open(os.path.join(unfinished, "toy.json"), "w", encoding="utf-8") as file:
-            json.dump(settings, file)
-        os.chmod(unfinished, 0o755)  # mkdtemp's folders are private
-        if os.path.isdir(root):
-            os.rmdir(root)  # _is_toy has found it empty
-        os.rename(unfinished, root)
-    except OSError:
-        if not _is_toy(root, settings):  # another process may have been faster
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _noise(rng, height, width, cells):
+    """Smooth noise in [0, 1] of cells x cells blotches: float32 [h, w]."""
+    grid = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
+    return np.asarray(grid.resize((width, height), Image.BICUBIC)).clip(0, 1)
 
 
-def _is_toy(root, settings):
-    """True: root holds this generated data set. False: nothing. DataError: something else."""
-    if not os.path.exists(root) or (os.path.isdir(root) and not os.listdir(root)):
-        return False
-    try:
-        with open(os.path.join(root, "toy.json"), encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        found = None
-    if found != settings:
-        raise DataError(f"{root} holds something else than generated data with the settings "
-                        f"{settings}; delete it or name another folder.")
-    return True
-
-
-def _write_toy_split(root, split, count, seed, first_id):
-    """Images and both annotation files of one split; image i is a function of (seed, i)."""
-    folder = os.path.join(root, f"{split}2017")
-    os.mkdir(folder)
-    images, instances, persons = [], [], []
-    for i in range(count):
-        pixels, objects = _toy_scene(np.random.default_rng([*seed, i]), i)
-        image = {"id": first_id + i, "file_name": f"{first_id + i:012d}.jpg",
-                 "width": pixels.shape[1], "height": pixels.shape[0]}
-        Image.fromarray(pixels).save(os.path.join(folder, image["file_name"]), quality=90)
-        images.append(image)
-        for k, (annotation, keypoints) in enumerate(objects):
-            annotation = {"id": 100 * image["id"] + k, "image_id": image["id"], **annotation}
-            instances.append(annotation)
-            if annotation["category_id"] == 1:
-                persons.append({**annotation, **keypoints})
-    categories = [{"id": category_id, "name": name, "supercategory": "shape"}
-                  for category_id, name in TOY_CATEGORIES.items()]
-    person = {**categories[0], "keypoints": KEYPOINT_NAMES, "skeleton": COCO_SKELETON}
-    for name, annotations, listed in (("instances", instances, categories),
-                                      ("person_keypoints", persons, [person])):
-        content = {"info": {"description": "generated shapes and figures"}, "licenses": [],
-                   "images": images, "annotations": annotations, "categories": listed}
-        path = os.path.join(root, "annotations", f"{name}_{split}2017.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-
-
-def _toy_scene(rng, i):
-    """Draws image number i -> (pixels uint8 [h, w, 3], its objects as _annotation gives them).
-
-    Some images have a fixed part, so that even a small split has each: i % 25 == 2 no object,
-    i % 16 == 1 a crowd, i % 5 == 3 a large object.
-    """
-    width, height = TOY_SIZES[rng.integers(len(TOY_SIZES))]
-    canvas = _toy_background(rng, height, width)
-    placed = []  # from bottom to top
-    if i % 16 == 1:
-        _place_crowd(rng, canvas, placed)
-    if i % 5 == 3:
-        category_id = int(rng.choice([3, 4]))  # the others would not fit at an area above 96^2
-        _place(rng, canvas, placed, category_id, rng.uniform(0.9, 1.1) * min(height, width))
-    for _ in range(0 if i % 25 == 2 else int(rng.integers(1, 6))):
-        category_id = int(rng.choice(list(TOY_CATEGORIES)))
-        size = rng.uniform(18, 31) if rng.random() < 0.15 else 36 * (96 / 36) ** rng.random()
-        if category_id == 1:
-            size *= 1.25  # a figure fills less of its box than the other shapes
-        _place(rng, canvas, placed, category_id, size)
-    noise = 4 * rng.standard_normal(canvas.shape, dtype=np.float32)  # of the camera
-    return (canvas + noise).clip(0, 255).astype(np.uint8), [_annotation(o) for o in placed]
-
-
-def _place(rng, canvas, placed, category_id, size):
-    """Draws an object where it hides no earlier one too much, if 50 tries find such a place."""
-    height, width = canvas.shape[:2]
-    shape, joints = _toy_shape(rng, category_id, size)
-    low, high = np.concatenate(shape).min(0), np.concatenate(shape).max(0)
-    for _ in range(50):
-        center = rng.uniform((0, 0), (width, height))
-        inside = np.minimum(high + center, (width, height)) - np.maximum(low + center, 0)
-        if inside.prod() < 0.85 * (high - low).prod():
-            continue
-        polygons = [(polygon + center).round(2) for polygon in shape]
-        mask = _mask_of(polygons, height, width)
-        left = [o["visible"] & ~mask for o in placed]
-        if all(part.sum() >= o["least"] for part, o in zip(left, placed)):
-            break
+def _toy_texture(rng, height, width, color, other):
+    """A pattern of two colours [3]: float32 [h, w, 3]."""
+    angle = rng.uniform(0, math.pi)
+    period = rng.uniform(4, 14)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    u = (x * math.cos(angle) + y * math.sin(angle)) / period
+    v = (y * math.cos(angle) - x * math.sin(angle)) / period
+    kind = rng.choice(["stripes", "checks", "dots", "blotches"])
+    if kind == "stripes":
+        weight = 0.5 + 0.5 * np.sin(2 * math.pi * u)
+    elif kind == "checks":
+        weight = (np.floor(u) + np.floor(v)) % 2
+    elif kind == "dots":
+        weight = ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.08).astype(np.float32)
     else:
-        return
-    _paint(rng, canvas, polygons, mask)
-    for part, o in zip(left, placed):
-        o["visible"] = part
-        o["whole"] = o["whole"] and not (mask & o["mask"]).any()
-    whole = bool((low + center >= 0).all() and (high + center <= (width, height)).all())
-    placed.append({"category_id": category_id, "polygons": polygons, "mask": mask,
-                   "joints": None if joints is None else joints + center, "visible": mask,
-                   "whole": whole, "iscrowd": 0, "least": LEAST_VISIBLE * mask.sum()})
+        weight = _noise(rng, height, width, rng.integers(3, 14))
+    return color.astype(np.float32) + weight[:, :, None] * (other - color).astype(np.float32)
 
 
-def _place_crowd(rng, canvas, placed):
-    """Draws a heap of small objects of one class, annotated as one region."""
-    height, width = canvas.shape[:2]
-    category_id = int(rng.choice(list(TOY_CATEGORIES)))
-    heap = rng.uniform((25, 25), (width - 25, height - 25))
-    union = np.zeros((height, width), dtype=bool)
-    for _ in range(int(rng.integers(10, 16))):
-        center = np.clip(rng.normal(heap, (14, 9)), 8, (width - 8, height - 8))
-        shape, _ = _toy_shape(rng, category_id, rng.uniform(13, 18))
-        polygons = [(polygon + center).round(2) for polygon in shape]
-        mask = _mask_of(polygons, height, width)
-        _paint(rng, canvas, polygons, mask)
-        union |= mask
-    placed.append({"category_id": category_id, "mask": union, "joints": None, "visible": union,
-                   "whole": False, "iscrowd": 1, "least": LEAST_VISIBLE * union.sum()})
-
-
-def _mask_of(polygons, height, width):
-    """The part of a union of polygons [K, 2] inside the image, bool [h, w]."""
-    mask = np.zeros((height, width), dtype=np.uint8)
-    paint_polygons(mask, polygons, 1, 1, False)
-    return mask.astype(bool)
-
-
-def _annotation(o):
-    """An object as COCO annotates it: (instance fields, keypoint fields), without ids.
-
-    What is visible counts, as polygons where that is the whole outline, as RLE otherwise.
-    """
-    visible = o["visible"]
-    height, width = visible.shape
-    rle = coco_mask.encode(np.asfortranarray(visible, dtype=np.uint8))
-    if o["whole"]:
-        segmentation = [polygon.ravel().tolist() for polygon in o["polygons"]]
-    else:
-        segmentation = {"size": [height, width], "counts": rle["counts"].decode()}
-    box = coco_mask.toBbox(rle).tolist()
-    annotation = {"category_id": o["category_id"], "iscrowd": o["iscrowd"], "bbox": box,
-                  "area": int(visible.sum()), "segmentation": segmentation}
-    keypoints = np.zeros((len(KEYPOINT_NAMES), 3), dtype=int)
-    # As in COCO, nobody marks the joints of a figure too small to show them.
-    if o["joints"] is not None and box[3] >= 32:
-        x, y = np.floor(o["joints"]).astype(int).T
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        seen = visible[y.clip(0, height - 1), x.clip(0, width - 1)]
-        keypoints = np.stack([x, y, 1 + seen], axis=1) * inside[:, None]
-    return annotation, {"keypoints": keypoints.ravel().tolist(),
-                        "num_keypoints": int((keypoints[:, 2] > 0).sum())}
-
-
-def _toy_shape(rng, category_id, size):
-    """A shape around (0, 0), about size pixels long, upright but for up to 20 degrees.
-
-    -> (polygons, each [K, 2], of which it is the union; joints [17, 2] of a figure, or None).
-    """
-    name = TOY_CATEGORIES[category_id]
-    angle = rng.uniform(-0.35, 0.35)
-    joints = None
-    if name == "person":
-        polygons, joints = _toy_figure(rng)
-    elif name == "disk":
-        polygons = [_circle(40) * (0.5, rng.uniform(0.42, 0.5))]
-    elif name == "square":
-        polygons = [np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
-                    * (1, rng.uniform(0.85, 1))]
-    elif name == "triangle":
-        polygons = [_circle(3)[:, ::-1] * (0.6 * rng.uniform(0.85, 1.1), -0.6)]  # point up
-    else:
-        polygons = [_circle(10)[:, ::-1] * np.tile([-0.56, -rng.uniform(0.22, 0.26)], 5)[:, None]]
-    cos, sin = size * math.cos(angle), size * math.sin(angle)
-    turn = np.array([[cos, sin], [-sin, cos]])
-    return [polygon @ turn for polygon in polygons], None if joints is None else joints @ turn
+def _toy_background(rng, height, width):
+    """A texture, cluttered with blotches and strokes of every colour: float32 [h, w, 3]."""
+    color, blotch = rng.uniform(20, 235, (2, 3))
+    canvas = _toy_texture(rng, height, width, color, color + rng.normal(0, 20, 3))
+    weight = rng.uniform(0.3, 0.9) * _noise(rng, height, width, rng.integers(3, 8))[:, :, None]
+    canvas = canvas + weight * (blotch - canvas)
+    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    for _ in range(int(rng.integers(6, 17))):
+        steps = rng.normal(0, rng.uniform(4, 16), (int(rng.integers(2, 7)), 2))
+        points = rng.uniform((0, 0), (width, height)) + steps.cumsum(0)
+        ImageDraw.Draw(picture).line(points.ravel().tolist(), width=int(rng.integers(1, 3)),
+                                     fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return np.array(picture, dtype=np.float32)
 
 
 def _circle(count):
     """count points on the unit circle, [count, 2]."""
     angles = 2 * math.pi * np.arange(count) / count
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _swing(joint, length, angle, out):
+    """The other end of a bone that hangs on joint, at an angle from straight down."""
+    return joint + length * np.array([out * math.sin(angle), math.cos(angle)])
+
+
+def _bar(start, end, radius):
+    """A bar with round ends, as a polygon [14, 2]."""
+    direction = math.atan2(end[1] - start[1], end[0] - start[0])
+    angles = direction + math.pi * np.linspace(-0.5, 0.5, 7)
+    cap = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.concatenate([end + cap, start - cap])
 
 
 def _toy_figure(rng):
@@ -1088,17 +957,35 @@ def _toy_figure(rng):
     return polygons, np.array([joints[name] for name in KEYPOINT_NAMES])
 
 
-def _swing(joint, length, angle, out):
-    """The other end of a bone that hangs on joint, at an angle from straight down."""
-    return joint + length * np.array([out * math.sin(angle), math.cos(angle)])
+def _toy_shape(rng, category_id, size):
+    """A shape around (0, 0), about size pixels long, upright but for up to 20 degrees.
+
+    -> (polygons, each [K, 2], of which it is the union; joints [17, 2] of a figure, or None).
+    """
+    name = TOY_CATEGORIES[category_id]
+    angle = rng.uniform(-0.35, 0.35)
+    joints = None
+    if name == "person":
+        polygons, joints = _toy_figure(rng)
+    elif name == "disk":
+        polygons = [_circle(40) * (0.5, rng.uniform(0.42, 0.5))]
+    elif name == "square":
+        polygons = [np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+                    * (1, rng.uniform(0.85, 1))]
+    elif name == "triangle":
+        polygons = [_circle(3)[:, ::-1] * (0.6 * rng.uniform(0.85, 1.1), -0.6)]  # point up
+    else:  # a star: of its ten corners, every second one is nearer to the centre
+        polygons = [_circle(10)[:, ::-1] * np.tile([-0.56, -rng.uniform(0.22, 0.26)], 5)[:, None]]
+    cos, sin = size * math.cos(angle), size * math.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]])
+    return [polygon @ turn for polygon in polygons], None if joints is None else joints @ turn
 
 
-def _bar(start, end, radius):
-    """A bar with round ends, as a polygon [14, 2]."""
-    direction = math.atan2(end[1] - start[1], end[0] - start[0])
-    angles = direction + math.pi * np.linspace(-0.5, 0.5, 7)
-    cap = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    return np.concatenate([end + cap, start - cap])
+def _mask_of(polygons, height, width):
+    """The part of a union of polygons [K, 2] inside the image, bool [h, w]."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    paint_polygons(mask, polygons, 1, 1, False)
+    return mask.astype(bool)
 
 
 def _paint(rng, canvas, polygons, mask):
@@ -1107,7 +994,7 @@ def _paint(rng, canvas, polygons, mask):
     corners = np.concatenate(polygons)
     x1, y1 = np.floor(corners.min(0)).clip(0).astype(int).tolist()
     x2, y2 = np.ceil(corners.max(0)).clip(0, (width, height)).astype(int).tolist()
-    crop = canvas[y1:y2, x1:x2]
+    crop = canvas[y1:y2, x1:x2]  # a view: what is painted here is painted into canvas
 
     below = canvas[mask].mean(0)
     color = max(rng.uniform(20, 235, (6, 3)), key=lambda other: np.abs(other - below).sum())
@@ -1126,44 +1013,176 @@ def _paint(rng, canvas, polygons, mask):
     crop += cover * (texture * shade - crop)
 
 
-def _toy_texture(rng, height, width, color, other):
-    """A pattern of two colours [3]: float32 [h, w, 3]."""
-    angle = rng.uniform(0, math.pi)
-    period = rng.uniform(4, 14)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    u = (x * math.cos(angle) + y * math.sin(angle)) / period
-    v = (y * math.cos(angle) - x * math.sin(angle)) / period
-    kind = rng.choice(["stripes", "checks", "dots", "blotches"])
-    if kind == "stripes":
-        weight = 0.5 + 0.5 * np.sin(2 * math.pi * u)
-    elif kind == "checks":
-        weight = (np.floor(u) + np.floor(v)) % 2
-    elif kind == "dots":
-        weight = ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.08).astype(np.float32)
+def _place_crowd(rng, canvas, placed):
+    """Draws a heap of small objects of one class, annotated as one region.
+
+    What is kept of an object in placed, here and in _place: its mask as drawn, what of it is still
+    visible, the least of it that must stay so, and whether it is whole (nothing hidden or cut off).
+    """
+    height, width = canvas.shape[:2]
+    category_id = int(rng.choice(list(TOY_CATEGORIES)))
+    heap = rng.uniform((25, 25), (width - 25, height - 25))
+    union = np.zeros((height, width), dtype=bool)
+    for _ in range(int(rng.integers(10, 16))):
+        center = np.clip(rng.normal(heap, (14, 9)), 8, (width - 8, height - 8))
+        shape, _ = _toy_shape(rng, category_id, rng.uniform(13, 18))
+        polygons = [(polygon + center).round(2) for polygon in shape]
+        mask = _mask_of(polygons, height, width)
+        _paint(rng, canvas, polygons, mask)
+        union |= mask
+    placed.append({"category_id": category_id, "mask": union, "joints": None, "visible": union,
+                   "whole": False, "iscrowd": 1, "least": LEAST_VISIBLE * union.sum()})
+
+
+def _place(rng, canvas, placed, category_id, size):
+    """Draws an object where it hides no earlier one too much, if 50 tries find such a place."""
+    height, width = canvas.shape[:2]
+    shape, joints = _toy_shape(rng, category_id, size)
+    low, high = np.concatenate(shape).min(0), np.concatenate(shape).max(0)
+    for _ in range(50):
+        center = rng.uniform((0, 0), (width, height))
+        inside = np.minimum(high + center, (width, height)) - np.maximum(low + center, 0)
+        if inside.prod() < 0.85 * (high - low).prod():
+            continue
+        polygons = [(polygon + center).round(2) for polygon in shape]
+        mask = _mask_of(polygons, height, width)
+        left = [o["visible"] & ~mask for o in placed]
+        if all(part.sum() >= o["least"] for part, o in zip(left, placed)):
+            break
     else:
-        weight = _noise(rng, height, width, rng.integers(3, 14))
-    return color.astype(np.float32) + weight[:, :, None] * (other - color).astype(np.float32)
+        return
+    _paint(rng, canvas, polygons, mask)
+    for part, o in zip(left, placed):
+        o["visible"] = part
+        o["whole"] = o["whole"] and not (mask & o["mask"]).any()
+    whole = bool((low + center >= 0).all() and (high + center <= (width, height)).all())
+    placed.append({"category_id": category_id, "polygons": polygons, "mask": mask,
+                   "joints": None if joints is None else joints + center, "visible": mask,
+                   "whole": whole, "iscrowd": 0, "least": LEAST_VISIBLE * mask.sum()})
 
 
-def _noise(rng, height, width, cells):
-    """Smooth noise in [0, 1] of cells x cells blotches: float32 [h, w]."""
-    grid = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
-    return np.asarray(grid.resize((width, height), Image.BICUBIC)).clip(0, 1)
+def _annotation(o):
+    """An object as COCO annotates it: (instance fields, keypoint fields), without ids.
+
+    What is visible counts, as polygons where that is the whole outline, as RLE otherwise.
+    """
+    visible = o["visible"]
+    height, width = visible.shape
+    rle = coco_mask.encode(np.asfortranarray(visible, dtype=np.uint8))
+    if o["whole"]:
+        segmentation = [polygon.ravel().tolist() for polygon in o["polygons"]]
+    else:
+        segmentation = {"size": [height, width], "counts": rle["counts"].decode()}
+    box = coco_mask.toBbox(rle).tolist()
+    annotation = {"category_id": o["category_id"], "iscrowd": o["iscrowd"], "bbox": box,
+                  "area": int(visible.sum()), "segmentation": segmentation}
+    keypoints = np.zeros((len(KEYPOINT_NAMES), 3), dtype=int)
+    # As in COCO, nobody marks the joints of a figure too small to show them.
+    if o["joints"] is not None and box[3] >= 32:
+        x, y = np.floor(o["joints"]).astype(int).T
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        seen = visible[y.clip(0, height - 1), x.clip(0, width - 1)]
+        keypoints = np.stack([x, y, 1 + seen], axis=1) * inside[:, None]
+    return annotation, {"keypoints": keypoints.ravel().tolist(),
+                        "num_keypoints": int((keypoints[:, 2] > 0).sum())}
 
 
-def _toy_background(rng, height, width):
-    """A texture, cluttered with blotches and strokes of every colour: float32 [h, w, 3]."""
-    color, blotch = rng.uniform(20, 235, (2, 3))
-    canvas = _toy_texture(rng, height, width, color, color + rng.normal(0, 20, 3))
-    weight = rng.uniform(0.3, 0.9) * _noise(rng, height, width, rng.integers(3, 8))[:, :, None]
-    canvas = canvas + weight * (blotch - canvas)
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    for _ in range(int(rng.integers(6, 17))):
-        steps = rng.normal(0, rng.uniform(4, 16), (int(rng.integers(2, 7)), 2))
-        points = rng.uniform((0, 0), (width, height)) + steps.cumsum(0)
-        ImageDraw.Draw(picture).line(points.ravel().tolist(), width=int(rng.integers(1, 3)),
-                                     fill=tuple(rng.integers(0, 256, 3).tolist()))
-    return np.array(picture, dtype=np.float32)
+def _toy_scene(rng, i):
+    """Draws image number i -> (pixels uint8 [h, w, 3], its objects as _annotation gives them).
+
+    Some images have a fixed part, so that even a small split has each: i % 25 == 2 no object,
+    i % 16 == 1 a crowd, i % 5 == 3 a large object.
+    """
+    width, height = TOY_SIZES[rng.integers(len(TOY_SIZES))]
+    canvas = _toy_background(rng, height, width)
+    placed = []  # from bottom to top
+    if i % 16 == 1:
+        _place_crowd(rng, canvas, placed)
+    if i % 5 == 3:
+        category_id = int(rng.choice([3, 4]))  # the others would not fit at an area above 96^2
+        _place(rng, canvas, placed, category_id, rng.uniform(0.9, 1.1) * min(height, width))
+    for _ in range(0 if i % 25 == 2 else int(rng.integers(1, 6))):
+        category_id = int(rng.choice(list(TOY_CATEGORIES)))
+        size = rng.uniform(18, 31) if rng.random() < 0.15 else 36 * (96 / 36) ** rng.random()
+        if category_id == 1:
+            size *= 1.25  # a figure fills less of its box than the other shapes
+        _place(rng, canvas, placed, category_id, size)
+    noise = 4 * rng.standard_normal(canvas.shape, dtype=np.float32)  # of the camera
+    return (canvas + noise).clip(0, 255).astype(np.uint8), [_annotation(o) for o in placed]
+
+
+def _write_toy_split(root, split, count, seed, first_id):
+    """Images and both annotation files of one split; image i is a function of (seed, i)."""
+    folder = os.path.join(root, f"{split}2017")
+    os.mkdir(folder)
+    images, instances, persons = [], [], []
+    for i in range(count):
+        pixels, objects = _toy_scene(np.random.default_rng([*seed, i]), i)
+        image = {"id": first_id + i, "file_name": f"{first_id + i:012d}.jpg",
+                 "width": pixels.shape[1], "height": pixels.shape[0]}
+        Image.fromarray(pixels).save(os.path.join(folder, image["file_name"]), quality=90)
+        images.append(image)
+        for k, (annotation, keypoints) in enumerate(objects):
+            annotation = {"id": 100 * image["id"] + k, "image_id": image["id"], **annotation}
+            instances.append(annotation)
+            if annotation["category_id"] == 1:
+                persons.append({**annotation, **keypoints})
+    categories = [{"id": category_id, "name": name, "supercategory": "shape"}
+                  for category_id, name in TOY_CATEGORIES.items()]
+    person = {**categories[0], "keypoints": KEYPOINT_NAMES, "skeleton": COCO_SKELETON}
+    for name, annotations, listed in (("instances", instances, categories),
+                                      ("person_keypoints", persons, [person])):
+        content = {"info": {"description": "generated shapes and figures"}, "licenses": [],
+                   "images": images, "annotations": annotations, "categories": listed}
+        path = os.path.join(root, "annotations", f"{name}_{split}2017.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+
+
+def _is_toy(root, settings):
+    """True: root holds this generated data set. False: nothing. DataError: something else."""
+    if not os.path.exists(root) or (os.path.isdir(root) and not os.listdir(root)):
+        return False
+    try:
+        with open(os.path.join(root, "toy.json"), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        found = None
+    if found != settings:
+        raise DataError(f"{root} holds something else than generated data with the settings "
+                        f"{settings}; delete it or name another folder.")
+    return True
+
+
+def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
+    """Writes a generated data set in COCO's layout to the folder root; one that is there is reused.
+
+    annotations/{instances,person_keypoints}_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg.
+    The same seed gives the same data; the splits share nothing. The folder appears under its name
+    only when complete. DataError if root holds anything else.
+    """
+    root = os.path.abspath(root)
+    settings = {"version": TOY_VERSION, "train": train_images, "val": val_images, "seed": seed}
+    if _is_toy(root, settings):
+        return
+    parent, name = os.path.split(root)
+    os.makedirs(parent, exist_ok=True)
+    unfinished = tempfile.mkdtemp(prefix=name + ".unfinished-", dir=parent)
+    try:
+        os.mkdir(os.path.join(unfinished, "annotations"))
+        _write_toy_split(unfinished, "train", train_images, [seed, 0], first_id=1)
+        _write_toy_split(unfinished, "val", val_images, [seed, 1], first_id=500_001)
+        with open(os.path.join(unfinished, "toy.json"), "w", encoding="utf-8") as file:
+            json.dump(settings, file)
+        os.chmod(unfinished, 0o755)  # mkdtemp's folders are private
+        if os.path.isdir(root):
+            os.rmdir(root)  # _is_toy has found it empty
+        os.rename(unfinished, root)
+    except OSError:
+        if not _is_toy(root, settings):  # another process may have been faster
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1174,8 +1193,8 @@ def _toy_background(rng, height, width):
 class _Examination(Dataset):
     """Item i: what is wrong with image i of a CocoDataset and its objects, and its colours.
 
-    (problems that stop training, remarks, sum and sum of squares of the pixels in [0, 1] by channel,
-    number of pixels)
+    (problems that stop training, remarks, sum and sum of squares of the pixels in [0, 1] by
+    channel, number of pixels)
     """
 
     def __init__(self, dataset):
@@ -1185,38 +1204,69 @@ class _Examination(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        stops, remarks = [], []
         dataset = self.dataset
-        image_id = dataset.image_ids[index]
         objects = dataset._record(index)["objects"]
+        names = [f"image {dataset.image_ids[index]}: annotation {o['id']}" for o in objects]
         height, width = int(dataset.heights[index]), int(dataset.widths[index])
-        where = f"image {image_id}"
-        sums = np.zeros((2, 3))
-        pixels = 0
-        for o in objects:
+        remarks = []
+        for name, o in zip(names, objects):
             x, y, w, h = o["bbox"]
-            name = f"{where}: annotation {o['id']}"
             if w <= 0 or h <= 0:
                 remarks.append(f"{name}: its box has no area; it is not trained on")
             elif min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
-                remarks.append(f"{name}: its box {o['bbox']} leaves the image of {width}x{height}; it is clipped")
+                remarks.append(f"{name}: its box {o['bbox']} leaves the image of {width}x{height}; "
+                               "it is clipped")
         try:
             image, target = dataset.load(index)
-            colours = image.float().div_(255).flatten(1).double()
-            sums = np.stack([colours.sum(1).numpy(), colours.square().sum(1).numpy()])
-            pixels = height * width
-            for o, mask, box in zip(objects, target.get("masks", ()), target["boxes"].tolist()):
-                rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-                if len(rows) == 0:
-                    remarks.append(f"{where}: annotation {o['id']}: its mask is empty")
-                    continue
-                tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-                apart = max(abs(float(a) - b) for a, b in zip(tight, box))
-                if apart > max(3, 0.1 * max(o["bbox"][2:])):
-                    remarks.append(f"{where}: annotation {o['id']}: mask and box lie up to {apart:.0f} pixels apart")
         except DataError as error:
-            stops.append(str(error))
-        return stops, remarks, sums, pixels
+            return [str(error)], remarks, np.zeros((2, 3)), 0
+        for name, o, mask, box in zip(names, objects, target["masks"], target["boxes"].tolist()):
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            if len(rows) == 0:
+                remarks.append(f"{name}: its mask is empty")
+                continue
+            tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            apart = max(abs(float(a) - b) for a, b in zip(tight, box))
+            if apart > max(3, 0.1 * max(o["bbox"][2:])):
+                remarks.append(f"{name}: mask and box lie up to {apart:.0f} pixels apart")
+        colours = image.float().div_(255).flatten(1).double()
+        sums = np.stack([colours.sum(1).numpy(), colours.square().sum(1).numpy()])
+        return [], remarks, sums, height * width
+
+
+def _describe(dataset, sums, pixels, min_size, max_size):
+    """Print the statistics of a data set, and the settings of a recipe that follow from them.
+
+    sums [2, 3]: of the pixels and their squares, by channel; pixels: how many there are.
+    """
+    counts = dict.fromkeys(dataset.classes, 0)
+    sides, crowds = [], 0
+    for index in range(len(dataset)):
+        height, width = int(dataset.heights[index]), int(dataset.widths[index])
+        scale = resize_shape(height, width, min_size, max_size)[0] / height
+        for o in dataset._record(index)["objects"]:
+            crowds += o["iscrowd"]
+            counts[dataset.classes[o["label"] - 1]] += 1
+            sides.append(scale * math.sqrt(max(0, o["bbox"][2] * o["bbox"][3])))
+    common = sorted(counts.items(), key=lambda item: -item[1])[:12]
+    print(f"  {len(dataset):,} images, {len(sides):,} objects ({crowds:,} crowds), "
+          f"{len(counts)} classes: " + ", ".join(f"{name} {count:,}" for name, count in common)
+          + (", ..." if len(counts) > 12 else ""))
+    mean = sums[0] / pixels
+    deviation = np.sqrt(np.maximum(sums[1] / pixels - mean**2, 0))
+    print(f"  image_mean=({', '.join(f'{x:.4f}' for x in mean)}), "
+          f"image_std=({', '.join(f'{x:.4f}' for x in deviation)})")
+    if not sides:
+        return
+    low, middle, high = np.percentile(sides, [5, 50, 95])
+    print(f"  objects at {min_size}/{max_size}: 5 % below {low:.0f} pixels (root of the box's "
+          f"area), half below {middle:.0f}, 5 % above {high:.0f}")
+    if low >= 16 and high <= 1024:
+        print("  the anchors of COCO, 32 to 512, cover these sizes")
+        return
+    smallest = 2 ** max(3, round(math.log2(max(low, 8) * 1.5)))  # 1.5 times COCO's own 21 is 32
+    anchors = tuple((smallest * 2**i,) for i in range(5))
+    print(f"  the anchors of COCO, 32 to 512, do not cover these sizes: try anchor_sizes={anchors}")
 
 
 def examine(root, split, keypoints, min_size, max_size, workers, most=20):
@@ -1228,84 +1278,58 @@ def examine(root, split, keypoints, min_size, max_size, workers, most=20):
         with open(annotation_file, encoding="utf-8") as file:
             stops = list(coco_problems(json.load(file), annotation_file))
     except (OSError, ValueError, RecursionError):
-        stops = []  # said below
-    remarks, samples, dataset = [], [], None
+        stops = []  # CocoDataset, which reads it too, says what is wrong
+    remarks, dataset = [], None
+    sums, pixels = np.zeros((2, 3)), 0
     if not stops:
         try:
             dataset = CocoDataset(os.path.join(root, split), annotation_file, keypoints=keypoints)
         except DataError as error:
             stops.append(str(error))
     if dataset is not None:
-        loader = DataLoader(_Examination(dataset), batch_size=None, num_workers=workers, collate_fn=_unchanged)
-        for image_stops, image_remarks, sums, pixels in tqdm(loader, unit="image", leave=False):
+        loader = DataLoader(_Examination(dataset), batch_size=None, num_workers=workers,
+                            collate_fn=_unchanged)
+        examined = tqdm(loader, unit="image", leave=False)
+        for image_stops, image_remarks, image_sums, image_pixels in examined:
             stops += image_stops
             remarks += image_remarks
-            samples.append((sums, pixels))
-    for title, found in (("stop training", stops), ("are worth a look", remarks)):
+            sums += image_sums
+            pixels += image_pixels
+    for title, found in (("To mend, as they stop training", stops), ("Worth a look", remarks)):
         if found:
-            print(f"  {len(found):,} problem{'s' if len(found) > 1 else ''} that {title}:")
+            print(f"  {title}: {len(found):,}")
             print("".join(f"    {line}\n" for line in found[:most]), end="")
             if len(found) > most:
                 print(f"    ... and {len(found) - most:,} more")
     if dataset is not None and not stops:
-        _describe(dataset, samples, min_size, max_size)
+        _describe(dataset, sums, pixels, min_size, max_size)
     return bool(stops)
-
-
-def _describe(dataset, samples, min_size, max_size):
-    """Print the statistics of a data set, and the settings of a recipe that follow from them."""
-    counts = dict.fromkeys(dataset.classes, 0)
-    sides, crowds = [], 0
-    for index in range(len(dataset)):
-        height, width = int(dataset.heights[index]), int(dataset.widths[index])
-        scale = resize_shape(height, width, min_size, max_size)[0] / height
-        for o in dataset._record(index)["objects"]:
-            crowds += o["iscrowd"]
-            counts[dataset.classes[o["label"] - 1]] += 1
-            sides.append(scale * math.sqrt(max(0, o["bbox"][2] * o["bbox"][3])))
-    print(f"  {len(dataset):,} images, {len(sides):,} objects ({crowds:,} crowds), {len(counts)} classes: "
-          + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda c: -c[1])[:12])
-          + (", ..." if len(counts) > 12 else ""))  # fmt: skip
-    sums = sum(s for s, _ in samples)
-    pixels = sum(n for _, n in samples)
-    mean = sums[0] / pixels
-    deviation = np.sqrt(np.maximum(sums[1] / pixels - mean**2, 0))
-    print(f"  image_mean=({', '.join(f'{x:.4f}' for x in mean)}), image_std=({', '.join(f'{x:.4f}' for x in deviation)})")
-    if not sides:
-        return
-    low, middle, high = np.percentile(sides, [5, 50, 95])
-    print(f"  objects at {min_size}/{max_size}: 5 % below {low:.0f} pixels (root of the box's area), half below "
-          f"{middle:.0f}, 5 % above {high:.0f}")  # fmt: skip
-    if low >= 16 and high <= 1024:
-        print("  the anchors of COCO, 32 to 512, cover these sizes")
-        return
-    smallest = 2 ** max(3, round(math.log2(max(low, 8) * 1.5)))  # 1.5 times COCO's own 21 is 32
-    anchors = tuple((smallest * 2**i,) for i in range(5))
-    print(f"  the anchors of COCO, 32 to 512, do not cover these sizes: try anchor_sizes={anchors}")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        description="Examine a data set in COCO's layout: open every image and annotation, list what is wrong, and "
-        "describe the data set. Exit code 1 if anything would stop training."
+        description="Examine a data set in COCO's layout: open every image and annotation, list "
+        "what is wrong, and describe the data set. Exit code 1 if anything would stop training."
     )
-    parser.add_argument("root", metavar="DIR", help="the folder with annotations/, train2017/, val2017/")
-    parser.add_argument("--min-size", type=int, default=800, help="shorter side of training images (800)")
-    parser.add_argument("--max-size", type=int, default=1333, help="longest side of training images (1333)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images (2)")
+    add = parser.add_argument
+    add("root", metavar="DIR", help="the folder with annotations/, train2017/, val2017/")
+    add("--min-size", type=int, default=800, help="shorter side of training images (800)")
+    add("--max-size", type=int, default=1333, help="longest side of training images (1333)")
+    add("--workers", type=int, default=2, help="processes that decode images (2)")
     args = parser.parse_args(arguments)
     found = sorted(glob.glob(os.path.join(glob.escape(args.root), "annotations", "*_*2017.json")))
     if not found:
-        print(f"data.py: {args.root} has no annotations/instances_train2017.json; name a folder in COCO's "
-              "layout.", file=sys.stderr)  # fmt: skip
+        print(f"data.py: {args.root} has no annotations/instances_train2017.json; name a folder in "
+              "COCO's layout.", file=sys.stderr)
         return 1
     stops = False
     for path in found:
         kind, _, split = os.path.basename(path)[: -len(".json")].rpartition("_")
         if kind in ("instances", "person_keypoints"):
             keypoints = kind == "person_keypoints"
-            stops |= examine(args.root, split, keypoints, args.min_size, args.max_size, args.workers)
-    print("\nSomething above would stop training." if stops else "\nNothing here would stop training.")
+            stops |= examine(args.root, split, keypoints, args.min_size, args.max_size,
+                             args.workers)
+    print(f"\n{'Something above' if stops else 'Nothing here'} would stop training.")
     return int(stops)
 
 

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -38,24 +37,12 @@ from evaluate import UsageError
 # ------------------------------------------------------------------------------------------------
 
 # "1x" is 90,000 iterations of 16 images: 12.3 epochs of COCO train2017.
-SCHEDULES = {
-    "1x": 90_000,
-    "2x": 180_000,
-    "3x": 270_000,
-    "4x": 360_000,
-    "5x": 450_000,
-    "6x": 540_000,
-    "7x": 630_000,
-    "8x": 720_000,
-    "9x": 810_000,
-    "10x": 900_000,
-    "11x": 990_000,
-}
+SCHEDULES = {f"{n}x": n * 90_000 for n in range(1, 12)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One experiment. The defaults are the paper's baseline: R50-FPN, GN, 6x, from random weights."""
+    """One experiment. The defaults: the paper's baseline, R50-FPN with GN, random weights, 6x."""
 
     # Sec. 4 "Architecture"
     backbone: str = "resnet50"
@@ -130,14 +117,14 @@ def small(subset, random, pretrained, paper):
     )
 
 
-CASCADE = {"cascade_iterations": 270_000, "model": {"box_class_agnostic": True}}  # Sec. 5.1
-X152 = {"backbone": "resnext152_8x32d", "min_sizes": AUGMENTED, "iterations": SCHEDULES["9x"],
-        "iterations_pretrained": SCHEDULES["6x"]}  # fmt: skip
+# Sec. 5.1 "Enhanced baselines"
 ENHANCED = {
     "min_sizes": AUGMENTED,
     "iterations": SCHEDULES["9x"],
     "iterations_pretrained": SCHEDULES["6x"],
 }
+CASCADE = {"cascade_iterations": 270_000, "model": {"box_class_agnostic": True}}
+X152 = {"backbone": "resnext152_8x32d", **ENHANCED}
 
 # The whole path in six minutes on two CPU cores: generated shapes and a narrow network, the same
 # code, the same proportions.
@@ -238,7 +225,7 @@ RECIPES = {
         min_sizes=AUGMENTED,
         paper="bbox: random 35.2, pre-trained 35.6",
     ),
-    # Sec. 5.2, Figure 7 and 8: less data
+    # Sec. 5.2, Figures 7 and 8: less data
     "r50-gn-35k": Recipe(
         subset=35_000,
         iterations=SCHEDULES["9x"],
@@ -304,7 +291,8 @@ def check(recipe, from_random):
     if from_random and recipe.norm == "frozen_bn":
         raise UsageError(
             "Frozen BN cannot be trained from random weights: it applies the statistics of a "
-            "pre-trained model, which there is not (Sec. 3.1); use --norm gn or syncbn, or --init PATH."
+            "pre-trained model, which there is not (Sec. 3.1); use --norm gn or syncbn, or "
+            "--init PATH."
         )
     if from_random and recipe.freeze_at > 0:
         raise UsageError(
@@ -313,8 +301,8 @@ def check(recipe, from_random):
         )
     if recipe.iterations < recipe.tails[0]:
         raise UsageError(
-            f"{recipe.iterations:,} iterations are fewer than the tail of {recipe.tails[0]:,} that are "
-            "to run at the reduced learning rates; choose a longer schedule."
+            f"{recipe.iterations:,} iterations are fewer than the tail of {recipe.tails[0]:,} that "
+            "are to run at the reduced learning rates; choose a longer schedule."
         )
 
 
@@ -351,8 +339,10 @@ def make_optimizer(model, recipe):
             continue
         if name.endswith(".bias"):
             biases.append(parameter)
+        elif parameter in gammas:
+            scales.append(parameter)
         else:
-            (scales if parameter in gammas else weights).append(parameter)
+            weights.append(parameter)
     groups = [
         {"params": weights, "rate": 1.0, "weight_decay": recipe.weight_decay},
         {"params": scales, "rate": 1.0, "weight_decay": 0.0},
@@ -388,14 +378,15 @@ def checkpoint_path(out, iteration):
     return Path(out) / f"checkpoint_{iteration:07d}.pth"
 
 
+def iteration_of(path):
+    return int(path.stem.removeprefix("checkpoint_"))
+
+
 def checkpoints_in(out):
     """Paths of the complete checkpoints of a run, oldest first."""
-    found = [
-        p
-        for p in Path(out).glob("checkpoint_*.pth")
-        if re.fullmatch(r"checkpoint_\d+\.pth", p.name)
-    ]
-    return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
+    paths = Path(out).glob("checkpoint_*.pth")
+    numbered = [path for path in paths if path.stem.removeprefix("checkpoint_").isdecimal()]
+    return sorted(numbered, key=iteration_of)
 
 
 def save_checkpoint(path, checkpoint):
@@ -418,25 +409,32 @@ def save_checkpoint(path, checkpoint):
         with contextlib.suppress(OSError):
             temporary.unlink()
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise Stopped(f"The checkpoint {path} could not be written ({reason}); the ones before it are intact: "
-                      "make room and --resume.", code=1) from None  # fmt: skip
+        raise Stopped(
+            f"The checkpoint {path} could not be written ({reason}); the ones before it are "
+            "intact: make room and --resume.",
+            code=1,
+        ) from None
 
 
 class Log:
     """OUT/log.jsonl: a line of JSON per logged step and per evaluation. Only rank 0 has one."""
 
     def __init__(self, path, iteration):
-        """Keep the records that the checkpoint of `iteration` knows of; the others will come again:
-        those of later steps, and of an evaluation at `iteration`, which follows the checkpoint.
+        """Keep the records that the checkpoint of `iteration` knows of; the others come again.
+
+        Those are of later steps, and of an evaluation at `iteration`: it follows the checkpoint.
         """
         self.path = path
         kept = []
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
                 record = json.loads(line)
-                if record["iteration"] < iteration + ("loss" in record):
+                end = iteration + 1 if "loss" in record else iteration
+                if record["iteration"] < end:
                     kept.append(line + "\n")
-        path.write_text("".join(kept))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
 
     def write(self, record):
         with open(self.path, "a") as file:
@@ -531,53 +529,28 @@ def grow_to_cascade(model, optimizer, recipe):
     return grown, grown_optimizer
 
 
-def print_header(recipe, run, model, train_set, val_set, world_size, device):
-    """What is going to happen, in a few lines."""
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    start = "random weights" if run.init == "random" else run.init
-    frozen = f", first {recipe.freeze_at} stages frozen" if recipe.freeze_at else ""
-    print(
-        f"{run.name}: {recipe.backbone} {recipe.norm}, {parameters:.1f} M parameters, from {start}{frozen}"
-    )
-    print(describe_schedule(recipe, run, world_size, len(train_set)))
-    print(
-        f"Data      {run.data}: {len(train_set):,} training images ({train_set.num_dropped:,} without a "
-        f"usable object left out), {len(train_set.classes)} classes, {len(val_set):,} validation images"
-    )
-    if run.resume:
-        there = run.resume
-        print(f"Resumes   {there['path']}, after iteration {there['iteration']:,}")
-        if (there["batch_size"], there["world_size"]) != (recipe.batch_size, world_size):
-            print(
-                f"          written by {there['world_size']} process(es) with {there['batch_size']} images a batch: "
-                "the images seen, the rate and the weights continue; which images share a batch, and so the "
-                "weights from here on, are no longer those of an undisturbed run"
-            )
-    print(
-        f"Device    {device}, torch {torch.__version__}, seed {run.seed}; everything goes to {run.out}"
-    )
-
-
 def describe_schedule(recipe, run, world_size, num_images):
-    """The plan as text: iterations, epochs, where the rate drops, the batch and how it was scaled."""
+    """The plan as text: iterations, epochs, where the rate drops, the batch and its scaling."""
     drops = [recipe.iterations - tail for tail in recipe.tails]
-    rates = ", ".join(f"{learning_rate(d, recipe):.3g} from {d:,}" for d in drops)
+    rates = ", ".join(f"{learning_rate(drop, recipe):.3g} from {drop:,}" for drop in drops)
     epochs = recipe.iterations * recipe.batch_size / num_images
     own = RECIPES[run.name].batch_size
-    lines = [
-        f"Schedule  {recipe.iterations:,} iterations of {recipe.batch_size} images: {epochs:.1f} epochs of "
-        f"{num_images:,} images",
-        f"Rate      {recipe.learning_rate:.3g}, {rates}; linear warm-up over {recipe.warmup_iterations:,}",
-        f"Batch     {world_size} process{'es' if world_size > 1 else ''} x {recipe.images_per_gpu} images",
-    ]
     if recipe.batch_size == own:
-        lines[-1] += ", the recipe's own batch"
+        scaling = ", the recipe's own batch"
     else:
         ratio = recipe.batch_size / own
-        lines[-1] += (
-            f": {ratio:g} of the recipe's {own}, so the rate is multiplied and the numbers of iterations "
-            f"are divided by {ratio:g}"
+        scaling = (
+            f": {ratio:g} of the recipe's {own}, so the rate is multiplied and the numbers of "
+            f"iterations are divided by {ratio:g}"
         )
+    lines = [
+        f"Schedule  {recipe.iterations:,} iterations of {recipe.batch_size} images: "
+        f"{epochs:.1f} epochs of {num_images:,} images",
+        f"Rate      {recipe.learning_rate:.3g}, {rates}; "
+        f"linear warm-up over {recipe.warmup_iterations:,}",
+        f"Batch     {world_size} process{'es' if world_size > 1 else ''} x "
+        f"{recipe.images_per_gpu} images{scaling}",
+    ]
     if run.stop is not None and run.stop < recipe.iterations:
         lines.append(
             f"Stops     after iteration {run.stop:,} (--iterations), the schedule unchanged"
@@ -588,31 +561,61 @@ def describe_schedule(recipe, run, world_size, num_images):
 def describe_samples(recipe, objects=7.3, pixels=800 * 1067):
     """Figure 2: images, instances and pixels that a run sees, beside pre-training and fine-tuning.
 
-    objects: instances an image; pixels: of a training image as the loader makes it. The defaults are
-    COCO's: 7.3 annotated objects an image, and 640 x 480, its commonest size, resized to 800 x 1067.
+    objects: instances an image; pixels: of a training image as the loader makes it. The defaults
+    are COCO's: 7.3 annotated objects an image; 640 x 480, its commonest size, becomes 800 x 1067.
+    The paper counts every image as 800 x 1333: the last column.
     """
-    imagenet = 1.28e6 * 100  # 100 epochs of one-object images, 224 x 224
-    fine_tuning = 2 * SCHEDULES["1x"] * 16
+
+    def seen(images, objects, pixels, counted):
+        return [images, images * objects, images * pixels, images * counted]
+
+    # 100 epochs of ImageNet's images, 224 x 224, of one object each
+    pre_training = seen(1.28e6 * 100, 1, 224**2, 224**2)
+    fine_tuning = seen(2 * SCHEDULES["1x"] * 16, 7.3, 800 * 1067, 800 * 1333)
     rows = {
-        "this run": [
-            recipe.iterations * recipe.batch_size * x for x in (1, objects, pixels, 800 * 1333)
-        ],
-        "ImageNet, 100 epochs": [imagenet, imagenet, imagenet * 224**2, imagenet * 224**2],
-        "  + fine-tuning 2x": [
-            imagenet + fine_tuning,
-            imagenet + fine_tuning * 7.3,
-            imagenet * 224**2 + fine_tuning * 800 * 1067,
-            imagenet * 224**2 + fine_tuning * 800 * 1333,
-        ],
+        "this run": seen(recipe.iterations * recipe.batch_size, objects, pixels, 800 * 1333),
+        "ImageNet, 100 epochs": pre_training,
+        "  + fine-tuning 2x": [a + b for a, b in zip(pre_training, fine_tuning)],
     }
-    lines = [
-        f"{'Samples seen (Figure 2)':24}{'images':>10}{'instances':>11}{'pixels':>10}{'at 800x1333':>13}"
-    ]
-    for name, (images, instances, seen, counted) in rows.items():
+    title = "Samples seen (Figure 2)"
+    lines = [f"{title:24}{'images':>10}{'instances':>11}{'pixels':>10}{'at 800x1333':>13}"]
+    for name, (images, instances, ours, papers) in rows.items():
         lines.append(
-            f"{name:24}{images / 1e6:>9.1f}M{instances / 1e6:>10.1f}M{seen / 1e12:>9.2f}T{counted / 1e12:>12.2f}T"
+            f"{name:24}{images / 1e6:>9.1f}M{instances / 1e6:>10.1f}M"
+            f"{ours / 1e12:>9.2f}T{papers / 1e12:>12.2f}T"
         )
     return "\n".join(lines)
+
+
+def print_header(recipe, run, model, train_set, val_set, world_size, device):
+    """What is going to happen, in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    start = "random weights" if run.init == "random" else run.init
+    frozen = f", first {recipe.freeze_at} stages frozen" if recipe.freeze_at else ""
+    print(
+        f"{run.name}: {recipe.backbone} {recipe.norm}, {parameters:.1f} M parameters, "
+        f"from {start}{frozen}"
+    )
+    print(describe_schedule(recipe, run, world_size, len(train_set)))
+    print(
+        f"Data      {run.data}: {len(train_set):,} training images ({train_set.num_dropped:,} "
+        f"without a usable object left out), {len(train_set.classes)} classes, "
+        f"{len(val_set):,} validation images"
+    )
+    if run.resume:
+        there = run.resume
+        print(f"Resumes   {there['path']}, after iteration {there['iteration']:,}")
+        if (there["batch_size"], there["world_size"]) != (recipe.batch_size, world_size):
+            print(
+                f"          written by {there['world_size']} process(es) with "
+                f"{there['batch_size']} images a batch: the images seen, the rate and the weights "
+                "continue; which images share a batch, and so the weights from here on, are no "
+                "longer those of an undisturbed run"
+            )
+    print(
+        f"Device    {device}, torch {torch.__version__}, seed {run.seed}; "
+        f"everything goes to {run.out}"
+    )
 
 
 def wrap(model, device, world_size):
@@ -654,18 +657,19 @@ class Alarm:
             ids = ", ".join(str(target.get("image_id")) for target in targets)
             raise Stopped(
                 f"The loss of step {iteration} is not finite ({values}) on images {ids}; the last "
-                "checkpoint is from before; look at these images, or lower the learning rate.", code=1
-            )  # fmt: skip
+                "checkpoint is from before; look at these images, or lower the learning rate.",
+                code=1,
+            )
         if not_finite:
             raise Stopped("Another process met a loss that is not finite.", code=1)
         return bool(stop)
 
 
-def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
+def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noqa: B008
     """Train by `recipe`, which is scaled to the batch already; returns the final metrics.
 
-    run: the command line's settings, as `run_command` makes them. Raises
-    data.DataError, model.WeightsError, UsageError and Stopped, each with a sentence for the user.
+    run: the command line's settings, as `run_command` makes them. Raises data.DataError,
+    model.WeightsError, UsageError and Stopped, each with a sentence for the user.
     """
     main = rank == 0
     out = Path(run.out)
@@ -718,11 +722,11 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
 
     # Kept for good: where the rate drops, where shorter schedules leave this one, the switch to the
     # cascade and the end. Shorter schedules share this run until their own first drop.
-    milestones = {recipe.iterations - tail for tail in recipe.tails} | {last}
+    milestones = {recipe.iterations - tail for tail in recipe.tails}
     milestones |= {
         n * recipe.one_x - recipe.tails[0] for n in range(1, recipe.iterations // recipe.one_x)
     }
-    milestones |= {recipe.iterations - recipe.cascade_iterations}
+    milestones |= {recipe.iterations - recipe.cascade_iterations, last}
 
     def save():
         checkpoint = {
@@ -738,8 +742,11 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
         }
         save_checkpoint(checkpoint_path(out, iteration), checkpoint)
+        for path in checkpoints_in(out):
+            if iteration_of(path) > iteration:  # of a smaller batch, before this resume
+                path.rename(path.with_suffix(".replaced"))
         for path in checkpoints_in(out)[:-2]:
-            if int(path.stem.split("_")[1]) not in milestones:
+            if iteration_of(path) not in milestones:
                 path.unlink()
 
     def evaluate_now():
@@ -765,10 +772,8 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             logged_at, logged_time = iteration, time.perf_counter()
         if iteration >= last:
             break
-        if (
-            recipe.iterations - iteration <= recipe.cascade_iterations
-            and not model.config["cascade"]
-        ):
+        remaining = recipe.iterations - iteration
+        if remaining <= recipe.cascade_iterations and not model.config["cascade"]:
             model, optimizer = grow_to_cascade(model, optimizer, recipe)
             ddp = wrap(model, device, world_size)
 
@@ -778,7 +783,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
         images, targets = to_device(*next(loader), device)
         losses = ddp(images, targets)
         total = sum(losses.values())
-        stop = alarm.read()
+        stop = alarm.read()  # of the step before
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         if recipe.clip_gradient > 0:
@@ -793,8 +798,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
             if world_size > 1:
                 dist.all_reduce(values)
                 values /= world_size
-            names = ["loss", *losses]
-            values = {name: round(v, 6) for name, v in zip(names, values.tolist())}
+            values = {k: round(v, 6) for k, v in zip(["loss", *losses], values.tolist())}
             now = time.perf_counter()
             speed = (iteration - logged_at) * recipe.batch_size / (now - logged_time)
             logged_at, logged_time = iteration, now
@@ -831,80 +835,59 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):
 # ------------------------------------------------------------------------------------------------
 
 
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return value
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
-        description="Train Mask R-CNN from random weights. Without arguments: the recipe toy, on data "
-        "that is generated first. Under torchrun: on all the processes that it starts.",
+        description="Train Mask R-CNN from random weights. Without arguments: the recipe toy, on "
+        "data that is generated first. Under torchrun: on all the processes that it starts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    # fmt: off
     add("--recipe", default="toy", metavar="R", help="which experiment; --list shows them")
-    add(
-        "--schedule",
-        metavar="Nx",
-        help="length in units of 90k iterations, 1x to 11x (default: the recipe's)",
-    )
-    add("--data", metavar="DIR", help="folder in COCO's layout: annotations/instances_train2017.json, "
-        "train2017/, ... (default: generated data, for the toy recipes)")  # fmt: skip
-    add(
-        "--out",
-        metavar="DIR",
-        help="folder for checkpoints, log and pictures (default: runs/RECIPE)",
-    )
-    add(
-        "--init",
-        default="random",
-        metavar="random|PATH",
-        help="random weights, or a file of weights to fine-tune",
-    )
-    add(
-        "--norm",
-        choices=["gn", "syncbn", "bn", "frozen_bn"],
-        help="another normalization than the recipe's",
-    )
-    add("--freeze-at", type=int, metavar="N", help="train nothing in the first N of stem, res2, res3, ... "
-        "(default: 0 from random weights, 2 when fine-tuning)")  # fmt: skip
-    add("--stride-in-1x1", action="store_true", help="bottlenecks with the stride in the first 1x1, as the MSRA "
-        "weights for --init have it")  # fmt: skip
-    add(
-        "--subset",
-        type=positive,
-        metavar="N",
-        help="train on N images only: the same ones on every machine",
-    )
-    add("--images-per-gpu", type=positive, metavar="N", help="images per process; the rate and the schedule are "
-        "scaled with the batch (default: the recipe's, 2 on COCO)")  # fmt: skip
+    add("--schedule", metavar="Nx",
+        help="length in units of 90k iterations, 1x to 11x (default: the recipe's)")
+    add("--data", metavar="DIR",
+        help="folder in COCO's layout: annotations/instances_train2017.json, train2017/, ... "
+        "(default: generated data, for the toy recipes)")
+    add("--out", metavar="DIR",
+        help="folder for checkpoints, log and pictures (default: runs/RECIPE)")
+    add("--init", default="random", metavar="random|PATH",
+        help="random weights, or a file of weights to fine-tune")
+    add("--norm", choices=["gn", "syncbn", "bn", "frozen_bn"],
+        help="another normalization than the recipe's")
+    add("--freeze-at", type=int, metavar="N",
+        help="train nothing in the first N of stem, res2, res3, ... "
+        "(default: 0 from random weights, 2 when fine-tuning)")
+    add("--stride-in-1x1", action="store_true",
+        help="bottlenecks with the stride in the first 1x1, as the MSRA weights for --init have it")
+    add("--subset", type=positive, metavar="N",
+        help="train on N images only: the same ones on every machine")
+    add("--images-per-gpu", type=positive, metavar="N",
+        help="images per process; the rate and the schedule are scaled with the batch "
+        "(default: the recipe's, 2 on COCO)")
     add("--iterations", type=positive, metavar="N", help="stop after N; never changes the schedule")
-    add(
-        "--eval-every",
-        type=positive,
-        metavar="N",
-        help="iterations between evaluations (default: the recipe's)",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=2,
-        metavar="N",
-        help="processes that load images, for each GPU",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of weights, order of images, flips, sampling",
-    )
+    add("--eval-every", type=positive, metavar="N",
+        help="iterations between evaluations (default: the recipe's)")
+    add("--workers", type=int, default=2, metavar="N",
+        help="processes that load images, for each GPU")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of weights, order of images, flips, sampling")
     add("--device", metavar="D", help="cuda or cpu (default: cuda if there is one)")
-    add("--from", dest="trunk", metavar="DIR", help="branch off a longer run of the same recipe: continue its "
-        "checkpoint from before the first drop of this schedule, through this schedule's own tails")  # fmt: skip
-    add(
-        "--resume",
-        action="store_true",
-        help="continue the run in --out, or start it if there is none",
-    )
+    add("--from", dest="trunk", metavar="DIR",
+        help="branch off a longer run of the same recipe: continue its checkpoint from before the "
+        "first drop of this schedule, through this schedule's own tails")
+    add("--resume", action="store_true",
+        help="continue the run in --out, or start it if there is none")
     add("--list", action="store_true", help="show the recipes with the paper's AP, and exit")
     add("--dry-run", action="store_true", help="show the plan, and exit; needs no data")
+    # fmt: on
     args = parser.parse_args(arguments)
     if args.recipe not in RECIPES:
         parser.error(f"unknown recipe {args.recipe!r}; choose one of {', '.join(RECIPES)}")
@@ -913,13 +896,6 @@ def parse_arguments(arguments):
     if args.workers < 0:
         parser.error("--workers must be 0 or more")
     return args
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return value
 
 
 def make_recipe(args):
@@ -932,17 +908,79 @@ def make_recipe(args):
         changes["freeze_at"] = recipe.freeze_at_pretrained
     if args.schedule:
         changes["iterations"] = int(args.schedule[:-1]) * recipe.one_x
-    if args.norm:
-        changes["norm"] = args.norm
-    if args.freeze_at is not None:
-        changes["freeze_at"] = args.freeze_at
     if args.stride_in_1x1:
         changes["model"] = recipe.model | {"stride_in_1x1": True}
-    if args.subset:
-        changes["subset"] = args.subset
-    if args.images_per_gpu:
-        changes["images_per_gpu"] = args.images_per_gpu
+    for name in ("norm", "freeze_at", "subset", "images_per_gpu"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
     return replace(recipe, **changes)
+
+
+def read_checkpoint(path, run, may_differ=()):
+    """The checkpoint to resume from. Raises UsageError if it is one of another run."""
+    _, kind, checkpoint = detector.read_weights(path)
+    if kind != "own":
+        raise detector.WeightsError(f"{path} is not a checkpoint of train.py.")
+    theirs = checkpoint["recipe"] | {"seed": checkpoint["seed"]}
+    ours = run.settings | {"name": run.name, "seed": run.seed}
+    # How many processes share a batch is no setting. In JSON, a tuple equals a list.
+    may_differ = {"images_per_gpu", *may_differ}
+    compared = [key for key in ours if key not in may_differ]
+    differ = [key for key in compared if json.dumps(theirs.get(key)) != json.dumps(ours[key])]
+    if differ:
+        values = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differ)
+        raise UsageError(
+            f"{path} is a checkpoint of another run, which differs in {values}; give the same "
+            "arguments, or another --out."
+        )
+    return checkpoint | {"path": path}
+
+
+def read_trunk(trunk, run, recipe):
+    """The last checkpoint that this schedule shares with the longer run in the folder `trunk`.
+
+    All schedules of a recipe are one until their own first drop, for the tails have the same length
+    whatever the total. Raises UsageError where that is not so.
+    """
+    if recipe.cascade_iterations:
+        raise UsageError(
+            f"{run.name} cannot branch off a trunk: it is switched to a cascade a fixed time "
+            "before its end, which is earlier than the trunk's; train it from the start."
+        )
+    found = checkpoints_in(trunk)
+    if not found:
+        raise UsageError(f"--from {trunk}: there is no checkpoint in that folder.")
+    first_drop = recipe.iterations - recipe.tails[0]
+    shared = [path for path in found if iteration_of(path) <= first_drop]
+    if not shared:
+        raise UsageError(
+            f"--from {trunk}: its first checkpoint, {iteration_of(found[0]):,}, is after the first "
+            f"drop of this schedule at {first_drop:,}."
+        )
+    checkpoint = read_checkpoint(shared[-1], run, may_differ=("iterations",))
+    if checkpoint["batch_size"] != recipe.batch_size:
+        raise UsageError(
+            f"--from {trunk}: it was trained with {checkpoint['batch_size']} images a batch, this "
+            f"run has {recipe.batch_size}; use the same."
+        )
+    theirs = checkpoint["recipe"]  # not scaled to the batch, as `recipe` is; one_x says by how much
+    trunk_iterations = round(theirs["iterations"] * recipe.one_x / theirs["one_x"])
+    if iteration_of(shared[-1]) > trunk_iterations - recipe.tails[0]:
+        raise UsageError(f"--from {trunk}: it is the shorter run; branch off a longer one.")
+    return checkpoint
+
+
+def dry_run(recipe, run):
+    """Print the plan of a run, as on as many processes as make the recipe's batch."""
+    world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
+    scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
+    images, sample = 117_266, ()  # COCO train2017: the images with an object that is no crowd
+    if run.data is not None:
+        train_set, _ = make_datasets(recipe, run.data)
+        images = len(train_set)
+        sample = data.average_sample(train_set, recipe.min_sizes, recipe.max_size)
+    print(describe_schedule(scaled, run, world_size, images))
+    print(describe_samples(scaled, *sample))
 
 
 def run_command(args):
@@ -970,8 +1008,10 @@ def run_command(args):
         recipe = replace(recipe, eval_every=args.eval_every)
     found = checkpoints_in(run.out)
     if found and not args.resume:
-        raise UsageError(f"{run.out} holds a run already ({found[-1].name}); give --resume to continue it, "
-                         "or another --out.")  # fmt: skip
+        raise UsageError(
+            f"{run.out} holds a run already ({found[-1].name}); give --resume to continue it, "
+            "or another --out."
+        )
     if found:
         run.resume = read_checkpoint(found[-1], run)
     elif args.trunk:
@@ -989,75 +1029,14 @@ def run_command(args):
         starts = [torch.zeros_like(start) for _ in range(world_size)]
         dist.all_gather(starts, start)
         if len({int(x) for x in starts}) > 1:
-            raise UsageError(f"The processes do not see the same checkpoints in {run.out}; it must be a folder that "
-                             "all machines share.")  # fmt: skip
+            raise UsageError(
+                f"The processes do not see the same checkpoints in {run.out}; it must be a folder "
+                "that all machines share."
+            )
     with StopRequest() as run.stop_request:
         train(recipe, run, rank, world_size, device)
     if world_size > 1:
         dist.destroy_process_group()
-
-
-def dry_run(recipe, run):
-    """Print the plan of a run, as on as many processes as make the recipe's batch."""
-    world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
-    scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
-    images, sample = 117_266, ()  # COCO train2017: the images with an object that is no crowd
-    if run.data is not None:
-        train_set, _ = make_datasets(recipe, run.data)
-        images = len(train_set)
-        sample = data.average_sample(train_set, recipe.min_sizes, recipe.max_size)
-    print(describe_schedule(scaled, run, world_size, images))
-    print(describe_samples(scaled, *sample))
-
-
-def read_checkpoint(path, run, may_differ=()):
-    """The checkpoint to resume from. Raises UsageError if it is one of another run."""
-    _, kind, checkpoint = detector.read_weights(path)
-    if kind != "own":
-        raise detector.WeightsError(f"{path} is not a checkpoint of train.py.")
-    theirs = checkpoint["recipe"] | {"seed": checkpoint["seed"]}
-    ours = run.settings | {"name": run.name, "seed": run.seed}
-    may_differ = (*may_differ, "images_per_gpu")  # how many processes share a batch is no setting
-    differ = [
-        k for k in ours if k not in may_differ and json.dumps(theirs.get(k)) != json.dumps(ours[k])
-    ]
-    if differ:
-        values = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differ)
-        raise UsageError(f"{path} is a checkpoint of another run, which differs in {values}; give the same "
-                         "arguments, or another --out.")  # fmt: skip
-    return checkpoint | {"path": path}
-
-
-def read_trunk(trunk, run, recipe):
-    """The last checkpoint that this run's schedule shares with the longer run in the folder `trunk`.
-
-    All schedules of a recipe are one until their own first drop, for the tails have the same length
-    whatever the total. Raises UsageError where that is not so.
-    """
-    if recipe.cascade_iterations:
-        raise UsageError(
-            f"{run.name} cannot branch off a trunk: it is switched to a cascade a fixed time before its end, "
-            "which is earlier than the trunk's; train it from the start."
-        )
-    found = checkpoints_in(trunk)
-    if not found:
-        raise UsageError(f"--from {trunk}: there is no checkpoint in that folder.")
-    checkpoints = [int(path.stem.split("_")[1]) for path in found]
-    first_drop = recipe.iterations - recipe.tails[0]
-    shared = [i for i in checkpoints if i <= first_drop]
-    if not shared:
-        raise UsageError(f"--from {trunk}: its first checkpoint, {checkpoints[0]:,}, is after the first drop "
-                         f"of this schedule at {first_drop:,}.")  # fmt: skip
-    path = checkpoint_path(trunk, shared[-1])
-    checkpoint = read_checkpoint(path, run, may_differ=("iterations",))
-    if checkpoint["batch_size"] != recipe.batch_size:
-        raise UsageError(f"--from {trunk}: it was trained with {checkpoint['batch_size']} images a batch, this "
-                         f"run has {recipe.batch_size}; use the same.")  # fmt: skip
-    scaled = replace(recipe, iterations=round(checkpoint["recipe"]["iterations"] * recipe.one_x
-                                              / checkpoint["recipe"]["one_x"]))  # fmt: skip
-    if shared[-1] > scaled.iterations - scaled.tails[0]:
-        raise UsageError(f"--from {trunk}: it is the shorter run; branch off a longer one.")
-    return checkpoint
 
 
 def main(arguments=None):

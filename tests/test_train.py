@@ -295,6 +295,11 @@ def test_resuming_with_another_batch_goes_on_in_images(command, capsys):
     assert "no longer those of an undisturbed run" in capsys.readouterr().out
     last = torch.load(train.checkpoints_in(command.folder / "batch")[-1])
     assert (last["iteration"], last["batch_size"]) == (2 * STEPS, 1)  # as many images in all
+    # The other way: the checkpoints of the smaller batch have higher numbers, and must not win.
+    assert command("larger", "--images-per-gpu", "1", "--iterations", "8") == 0
+    assert command("larger", "--resume", "--iterations", "5") == 0
+    last = torch.load(train.checkpoints_in(command.folder / "larger")[-1])
+    assert (last["iteration"], last["batch_size"]) == (5, 2)
 
 
 def test_a_cascade_is_switched_and_resumed_on_either_side(command, monkeypatch):
