@@ -839,14 +839,14 @@ def plot(runs, output):
     dotted), on the right the training loss, as a running mean over a fiftieth of the run. Raises
     DataError where a log cannot be read, ImportError where matplotlib is not installed.
     """
+    logs = [read_log(run) for run in runs]
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, run in enumerate(runs):
-        records = read_log(run)
+    for number, (run, records) in enumerate(zip(runs, logs)):
         color = f"C{number}"
         name = Path(run).resolve().name
         for (kind, metric), style in CURVES.items():
