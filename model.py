@@ -1212,7 +1212,7 @@ def read_file(path):
         raise WeightsError(f"{path} cannot be read as weights: {reason}.") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, no named tensors.")
+        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, not tensors.")
     return content
 
 

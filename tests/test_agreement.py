@@ -47,8 +47,8 @@ CASES = {
     ),
 }  # fmt: skip
 
-# Weights of the predicting layers, in units of 1 / sqrt(inputs): about what makes their outputs spread
-# by 2 (objectness, masks), 3 (classes), 0.3 and 0.5 (boxes).
+# Weights of the predicting layers, in units of 1 / sqrt(inputs): about what makes their outputs
+# spread by 2 (objectness, masks), 3 (classes), 0.3 and 0.5 (boxes).
 PREDICTORS = (
     "objectness_logits", "anchor_deltas", "cls_score", "bbox_pred", "predictor", "score_lowres"
 )  # fmt: skip
