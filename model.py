@@ -660,6 +660,7 @@ class MaskRCNN(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                # (of a deconvolution, torch takes the input channels for "out"; so does Detectron2)
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))

@@ -1,0 +1,5 @@
+"""One thread for each process: the models here are small, and some tests start several processes."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
