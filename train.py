@@ -144,14 +144,15 @@ TOY_MODEL = {
     "rpn_pre_nms_top_n_test": 500,
     "rpn_post_nms_top_n_test": 250,
     "box_batch_size_per_image": 64,
+    "roi_sampling_ratio": 1,
 }
 TOY = Recipe(
     model=TOY_MODEL,
-    iterations=960,
-    iterations_pretrained=320,
-    one_x=160,
-    tails=(210, 70),
-    tails_pretrained=(210, 70),
+    iterations=900,
+    iterations_pretrained=300,
+    one_x=150,
+    tails=(200, 70),
+    tails_pretrained=(200, 70),
     batch_size=4,
     images_per_gpu=4,
     learning_rate=0.1,
@@ -159,8 +160,8 @@ TOY = Recipe(
     min_sizes=(128,),
     max_size=213,
     test_size=128,
-    eval_every=960,
-    checkpoint_every=240,
+    eval_every=900,
+    checkpoint_every=300,
     log_every=10,
     paper="(generated data)",
 )
@@ -170,7 +171,7 @@ RECIPES = {
     "toy": TOY,
     "toy-syncbn": replace(TOY, norm="syncbn"),
     "toy-cascade": replace(
-        TOY, cascade_iterations=320, model=TOY_MODEL | {"box_class_agnostic": True}
+        TOY, cascade_iterations=300, model=TOY_MODEL | {"box_class_agnostic": True}
     ),
     "toy-keypoints": replace(TOY, masks=False, keypoints=17),
     "toy-vgg": replace(
