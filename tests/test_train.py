@@ -353,7 +353,7 @@ def test_growing_copies_stage_one_and_keeps_momentum(command):
 
 def test_resuming_for_fewer_steps_than_there_were_is_no_crash(command):
     assert command("short", "--iterations", "3") == 0
-    assert command("short", "--iterations", "2", "--resume") in (0, 2)
+    assert command("short", "--iterations", "2", "--resume") == 2
     assert torch.load(train.checkpoints_in(command.folder / "short")[-1])["iteration"] == 3
 
 
