@@ -61,7 +61,11 @@ def main():
     assert train_set.image_ids == test_set.image_ids
     recipe = replace(
         train.RECIPES["r50-gn"],
-        model={"box_batch_size_per_image": args.rois},
+        # anchors as large beside the objects as the paper's are at 800 pixels
+        model={
+            "box_batch_size_per_image": args.rois,
+            "anchor_sizes": tuple((a * args.size / 800,) for a in (32, 64, 128, 256, 512)),
+        },
         learning_rate=args.rate,
         iterations=args.steps,
         tails=(args.steps // 4, args.steps // 12),
