@@ -1311,7 +1311,9 @@ def fill(model, found, unused, path, verbose):
                                f"file and {ours} in the model.")  # fmt: skip
     model.load_state_dict(found, strict=False)
     for name in STATISTICS_NAMES:  # a checkpoint made from here on tells of them
-        model.config[name] = tuple(getattr(model, name).flatten().tolist())
+        loaded = getattr(model, name).flatten().tolist()
+        if loaded != torch.tensor(model.config[name]).tolist():
+            model.config[name] = tuple(loaded)
     if verbose:
         print(f"Weights   {path}: {len(filled)} tensors loaded, "
               f"{len(left)} left at their initialization{summary(left)}, "

@@ -22,8 +22,10 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -73,6 +75,7 @@ class Recipe:
     warmup_iterations: int = 500  # linear, from a third of the rate (Detectron)
     warmup_factor: float = 1 / 3
     clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
+    amp: bool = False  # convolutions and matrix products in bfloat16; not the paper's
 
     subset: int | None = None  # how many of the training images are used; None: all
 
@@ -421,18 +424,18 @@ def save_checkpoint(path, checkpoint):
 class Log:
     """OUT/log.jsonl: a line of JSON per logged step and per evaluation. Only rank 0 has one."""
 
-    def __init__(self, path, iteration):
-        """Keep the records that the checkpoint of `iteration` knows of; the others come again.
+    def __init__(self, path, images):
+        """Keep the records that the checkpoint after `images` images knows of; others come again.
 
-        Those are of later steps, and of an evaluation at `iteration`: it follows the checkpoint.
+        Those are of later steps, and of an evaluation at that moment: it follows the checkpoint.
+        Images, not iterations: those of a run that is resumed with another batch are others.
         """
         self.path = path
         kept = []
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
                 record = json.loads(line)
-                end = iteration + 1 if "loss" in record else iteration
-                if record["iteration"] < end:
+                if record["images"] < images + ("loss" in record):
                     kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
@@ -441,6 +444,12 @@ class Log:
     def write(self, record):
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def sync(self):
+        """Onto the disk, before a checkpoint says that these records need not come again."""
+        if self.path.exists():
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -710,7 +719,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         )
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.jsonl", iteration)
+        log = Log(out / "log.jsonl", first_image)
         print_header(recipe, run, model, train_set, val_set, world_size, device)
     loader = data.training_loader(
         train_set,
@@ -744,8 +753,10 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
             "batch_size": recipe.batch_size,
             "world_size": world_size,
             "seed": run.seed,
-            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+            "versions": {"python": sys.version.split()[0]}
+            | {module.__name__: str(module.__version__) for module in (torch, torchvision, np)},
         }
+        log.sync()
         save_checkpoint(checkpoint_path(out, iteration), checkpoint)
         for path in checkpoints_in(out):
             if iteration_of(path) > iteration:  # of a smaller batch, before this resume
@@ -760,7 +771,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         )
         model.train()
         if main:
-            log.write({"iteration": iteration, **metrics})
+            log.write({"iteration": iteration, "images": iteration * recipe.batch_size, **metrics})
             for kind, values in metrics.items():
                 values = "  ".join(f"{k} {v:.1f}" for k, v in values.items() if v is not None)
                 tqdm.write(f"iteration {iteration:,}  {kind}: {values}")
@@ -786,7 +797,8 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         images, targets = to_device(*next(loader), device)
-        losses = ddp(images, targets)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+            losses = ddp(images, targets)
         total = sum(losses.values())
         stop = alarm.read()  # of the step before
         optimizer.zero_grad(set_to_none=True)
@@ -809,8 +821,10 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
             logged_at, logged_time = iteration, now
             if main:
                 memory = peak_memory(device)
-                record = {"iteration": iteration, "lr": rate, **values}
-                log.write(record | {"images_per_second": round(speed, 3), "peak_memory_mb": memory})
+                machine = {"images_per_second": round(speed, 3), "peak_memory_mb": memory}
+                images_seen = iteration * recipe.batch_size
+                record = {"iteration": iteration, "images": images_seen, "lr": rate}
+                log.write(record | values | machine)
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
 
         due = iteration % recipe.checkpoint_every == 0 or iteration % recipe.eval_every == 0
@@ -872,6 +886,8 @@ def parse_arguments(arguments):
         "(default: 0 from random weights, 2 when fine-tuning)")
     add("--stride-in-1x1", action="store_true",
         help="bottlenecks with the stride in the first 1x1, as the MSRA weights for --init have it")
+    add("--amp", action="store_true",
+        help="convolutions and matrix products in bfloat16: faster, and not the paper's numbers")
     add("--subset", type=positive, metavar="N",
         help="train on N images only: the same ones on every machine")
     add("--images-per-gpu", type=positive, metavar="N",
@@ -913,6 +929,8 @@ def make_recipe(args):
         changes["freeze_at"] = recipe.freeze_at_pretrained
     if args.schedule:
         changes["iterations"] = int(args.schedule[:-1]) * recipe.one_x
+    if args.amp:
+        changes["amp"] = True
     if args.stride_in_1x1:
         changes["model"] = recipe.model | {"stride_in_1x1": True}
     for name in ("norm", "freeze_at", "subset", "images_per_gpu"):
@@ -1012,7 +1030,9 @@ def run_command(args):
     if args.eval_every:
         recipe = replace(recipe, eval_every=args.eval_every)
     found = checkpoints_in(run.out)
-    if found and not args.resume:
+    # torchrun --max-restarts starts a failed run again with the same arguments.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if found and not args.resume and not restarted:
         raise UsageError(
             f"{run.out} holds a run already ({found[-1].name}); give --resume to continue it, "
             "or another --out."
@@ -1060,6 +1080,13 @@ def main(arguments=None):
         return 2
     except (data.DataError, detector.WeightsError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that may not be written to
+        print(
+            f"train.py: {error.filename or 'a file'}: {error.strerror or error}; the checkpoints "
+            "so far are intact: mend it and --resume.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

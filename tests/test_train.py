@@ -213,7 +213,7 @@ def test_a_run_leaves_log_and_checkpoint(whole_run):
     names = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
     for record in steps:
         assert record["loss"] == pytest.approx(sum(record[n] for n in names), abs=1e-5)
-        assert set(record) == names | {"iteration", "lr", "loss"}
+        assert set(record) == names | {"iteration", "images", "lr", "loss"}
     evaluations = [record for record in log if "bbox" in record]
     assert [record["iteration"] for record in evaluations] == [2, 4, 6]
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(evaluations[-1]["segm"])
@@ -242,8 +242,8 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not(command, whole_run, mo
     monkeypatch.undo()
     # What a killed run may leave: an evaluation that is due again, a later step, half a line.
     with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps({"iteration": stopped_at, "bbox": {"AP": 1.0}}) + "\n")
-        file.write(json.dumps({"iteration": stopped_at + 1, "loss": 1.0}) + "\n")
+        file.write(json.dumps({"images": 2 * stopped_at, "bbox": {"AP": 1.0}}) + "\n")
+        file.write(json.dumps({"images": 2 * (stopped_at + 1), "loss": 1.0}) + "\n")
         file.write('{"iteration": 9, "lo')
     (out / "checkpoint_0000099.tmp").write_bytes(b"half a checkpoint")
     assert command("resumed") == 2  # never over another run without being told
@@ -300,6 +300,8 @@ def test_resuming_with_another_batch_goes_on_in_images(command, capsys):
     assert command("larger", "--resume", "--iterations", "5") == 0
     last = torch.load(train.checkpoints_in(command.folder / "larger")[-1])
     assert (last["iteration"], last["batch_size"]) == (5, 2)
+    seen = [r["images"] for r in read_log(command.folder / "larger") if "loss" in r]
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 10]
 
 
 def test_a_cascade_is_switched_and_resumed_on_either_side(command, monkeypatch):
