@@ -413,7 +413,8 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise Stopped(
             f"The checkpoint {path} could not be written ({reason}); the ones before it are "
             "intact: make room and --resume.",
@@ -779,66 +780,66 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
 
     alarm = Alarm()
     metrics = None
-    bar = tqdm(total=last, initial=iteration, disable=not main, unit="it", dynamic_ncols=True)
     logged_at, logged_time = iteration, time.perf_counter()
-    while True:
-        if iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last):
-            alarm.read()  # never evaluate weights that a loss has ruined
-            metrics = evaluate_now()
-            logged_at, logged_time = iteration, time.perf_counter()
-        if iteration >= last:
-            break
-        remaining = recipe.iterations - iteration
-        if remaining <= recipe.cascade_iterations and not model.config["cascade"]:
-            model, optimizer = grow_to_cascade(model, optimizer, recipe)
-            ddp = wrap(model, device, world_size)
+    progress = tqdm(total=last, initial=iteration, disable=not main, unit="it", dynamic_ncols=True)
+    with progress as bar:
+        while True:
+            if iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last):
+                alarm.read()  # never evaluate weights that a loss has ruined
+                metrics = evaluate_now()
+                logged_at, logged_time = iteration, time.perf_counter()
+            if iteration >= last:
+                break
+            remaining = recipe.iterations - iteration
+            if remaining <= recipe.cascade_iterations and not model.config["cascade"]:
+                model, optimizer = grow_to_cascade(model, optimizer, recipe)
+                ddp = wrap(model, device, world_size)
 
-        rate = learning_rate(iteration, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
-        images, targets = to_device(*next(loader), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
-            losses = ddp(images, targets)
-        total = sum(losses.values())
-        stop = alarm.read()  # of the step before
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        if recipe.clip_gradient > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
-        optimizer.step()
-        alarm.set(iteration, losses, total, targets, run.stop_request.name is not None, world_size)
-        iteration += 1
-        bar.update()
+            rate = learning_rate(iteration, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rate"]
+            images, targets = to_device(*next(loader), device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+                losses = ddp(images, targets)
+            total = sum(losses.values())
+            stop = alarm.read()  # of the step before
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            if recipe.clip_gradient > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
+            optimizer.step()
+            stop_requested = run.stop_request.name is not None
+            alarm.set(iteration, losses, total, targets, stop_requested, world_size)
+            iteration += 1
+            bar.update()
 
-        if iteration % recipe.log_every == 0 or iteration == last:
-            values = torch.stack([total.detach(), *(v.detach() for v in losses.values())])
-            if world_size > 1:
-                dist.all_reduce(values)
-                values /= world_size
-            values = {k: round(v, 6) for k, v in zip(["loss", *losses], values.tolist())}
-            now = time.perf_counter()
-            speed = (iteration - logged_at) * recipe.batch_size / (now - logged_time)
-            logged_at, logged_time = iteration, now
-            if main:
-                memory = peak_memory(device)
-                machine = {"images_per_second": round(speed, 3), "peak_memory_mb": memory}
-                images_seen = iteration * recipe.batch_size
-                record = {"iteration": iteration, "images": images_seen, "lr": rate}
-                log.write(record | values | machine)
-                bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
+            if iteration % recipe.log_every == 0 or iteration == last:
+                values = torch.stack([total.detach(), *(v.detach() for v in losses.values())])
+                if world_size > 1:
+                    dist.all_reduce(values)
+                    values /= world_size
+                values = {k: round(v, 6) for k, v in zip(["loss", *losses], values.tolist())}
+                now = time.perf_counter()
+                speed = (iteration - logged_at) * recipe.batch_size / (now - logged_time)
+                logged_at, logged_time = iteration, now
+                if main:
+                    memory = peak_memory(device)
+                    machine = {"images_per_second": round(speed, 3), "peak_memory_mb": memory}
+                    images_seen = iteration * recipe.batch_size
+                    record = {"iteration": iteration, "images": images_seen, "lr": rate}
+                    log.write(record | values | machine)
+                    bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
 
-        due = iteration % recipe.checkpoint_every == 0 or iteration % recipe.eval_every == 0
-        if stop or due or iteration in milestones:  # before an evaluation too: it takes minutes
-            alarm.read()
-            if main:
-                save()
-        if stop:
-            bar.close()
-            name = run.stop_request.name or "another process's signal"
-            raise Stopped(
-                f"Stopped by {name} after step {iteration:,}; --resume continues.", code=0
-            )
-    bar.close()
+            due = iteration % recipe.checkpoint_every == 0 or iteration % recipe.eval_every == 0
+            if stop or due or iteration in milestones:  # before an evaluation too: it takes minutes
+                alarm.read()
+                if main:
+                    save()
+            if stop:
+                name = run.stop_request.name or "another process's signal"
+                raise Stopped(
+                    f"Stopped by {name} after step {iteration:,}; --resume continues.", code=0
+                )
     if main:
         evaluate.save_pictures(model, val_set, out / "pictures", count=8)
         print()
@@ -1083,8 +1084,8 @@ def main(arguments=None):
         return 1
     except OSError as error:  # a full disk, a folder that may not be written to
         print(
-            f"train.py: {error.filename or 'a file'}: {error.strerror or error}; the checkpoints "
-            "so far are intact: mend it and --resume.",
+            f"train.py: {error.filename or 'a file'} could not be read or written "
+            f"({error.strerror or error}); the checkpoints so far are intact: mend it and --resume.",
             file=sys.stderr,
         )
         return 1
