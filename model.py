@@ -41,9 +41,9 @@ def pairwise_iou(truth, boxes):
     """
     t = truth[:, :, None]  # [B, G, 1, 4]
     b = boxes[:, None]  # [B or 1, 1, N, 4]
-    width = torch.minimum(t[..., 2], b[..., 2]).sub_(torch.maximum(t[..., 0], b[..., 0])).clamp_(min=0)
-    height = torch.minimum(t[..., 3], b[..., 3]).sub_(torch.maximum(t[..., 1], b[..., 1])).clamp_(min=0)
-    intersection = width.mul_(height)
+    width = torch.minimum(t[..., 2], b[..., 2]).sub_(torch.maximum(t[..., 0], b[..., 0]))
+    height = torch.minimum(t[..., 3], b[..., 3]).sub_(torch.maximum(t[..., 1], b[..., 1]))
+    intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
     areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (t, b)]
     union = torch.add(areas[0], areas[1], out=height).sub_(intersection)
     return torch.where(intersection > 0, intersection / union, 0)
@@ -107,7 +107,7 @@ def pad_targets(targets, device):
 
 
 def sampling_seeds(targets, device):
-    """One int64 seed per image [B]: the target's "seed", or torch's generator where there is none."""
+    """An int64 seed per image [B]: the target's "seed", or torch's generator where it has none."""
     seeds = [t["seed"] if "seed" in t else int(torch.randint(2**62, ())) for t in targets]
     return torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True)
 
@@ -161,7 +161,7 @@ def nms_mask(boxes, scores, groups, valid, threshold):
     image = torch.arange(len(boxes), device=boxes.device)[:, None]
     group = image * (groups.max() + 1) + groups
     candidates = valid.flatten().nonzero()[:, 0]
-    # batched_nms may move the groups apart by an offset; float64 keeps that from rounding the boxes.
+    # batched_nms may move the groups apart by an offset, which in float32 would round the boxes.
     kept = batched_nms(
         boxes.flatten(0, 1)[candidates].double(),
         scores.flatten()[candidates].double(),
@@ -187,7 +187,8 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs, outputs, kernel, norm, stride=1, groups=1, relu=True):
         super().__init__()
         bias = norm == "none"
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        padding = kernel // 2
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, 1, groups, bias)
         self.norm = make_norm(norm, outputs)
         self.relu = relu
 
@@ -257,7 +258,8 @@ class ResNet(Backbone):
             stage = nn.Sequential()
             for j in range(count):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.append(Bottleneck(inputs, width, outputs, norm, stride, groups, stride_in_1x1))
+                block = Bottleneck(inputs, width, outputs, norm, stride, groups, stride_in_1x1)
+                stage.append(block)
                 inputs = outputs
             setattr(self, f"res{i + 2}", stage)
             self.channels.append(outputs)
@@ -273,7 +275,7 @@ class ResNet(Backbone):
 
 
 class VGG16(Backbone):
-    """VGG-16 up to conv5_3, at stride 16 (Sec. 5.1 "Models without BN/GN"); returns that one level."""
+    """VGG-16 up to conv5_3 at stride 16, its only level (Sec. 5.1 "Models without BN/GN")."""
 
     def __init__(self, stem_width, norm, freeze_at):
         super().__init__()
@@ -309,8 +311,9 @@ class FPN(nn.Module):
 
     def __init__(self, inputs, channels, norm):
         super().__init__()
-        self.lateral = nn.ModuleList(ConvNorm(c, channels, 1, norm, relu=False) for c in inputs)
-        self.output = nn.ModuleList(ConvNorm(channels, channels, 3, norm, relu=False) for _ in inputs)
+        lateral = [ConvNorm(c, channels, 1, norm, relu=False) for c in inputs]
+        output = [ConvNorm(channels, channels, 3, norm, relu=False) for _ in inputs]
+        self.lateral, self.output = nn.ModuleList(lateral), nn.ModuleList(output)
 
     def forward(self, levels):  # res2..res5
         top_down = self.lateral[-1](levels[-1])
@@ -338,9 +341,8 @@ def make_anchors(shapes, strides, sizes, ratios, device):
     for (h, w), stride, level_sizes in zip(shapes, strides, sizes):
         wh = [(s / math.sqrt(r), s * math.sqrt(r)) for s in level_sizes for r in ratios]
         half = torch.tensor(wh, device=device) / 2  # [cell, 2]
-        y, x = torch.meshgrid(
-            torch.arange(h, device=device) * stride, torch.arange(w, device=device) * stride, indexing="ij"
-        )
+        y, x = (torch.arange(n, device=device) * stride for n in (h, w))
+        y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x, y], dim=-1).view(-1, 1, 2)  # [h * w, 1, 2]
         anchors.append(torch.cat([centre - half, centre + half], dim=-1).view(-1, 4))
     return anchors
@@ -381,12 +383,12 @@ class RPN(nn.Module):
         before = self.config[f"rpn_pre_nms_top_n_{mode}"]
         after = self.config[f"rpn_post_nms_top_n_{mode}"]
         boxes, scores, levels = [], [], []
-        for i, (level_objectness, level_deltas, level_anchors) in enumerate(zip(objectness, deltas, anchors)):
+        for level_objectness, level_deltas, level_anchors in zip(objectness, deltas, anchors):
             score, index = level_objectness.topk(min(before, level_objectness.shape[1]))
             chosen = take(level_deltas, index)
             boxes.append(decode_boxes(chosen, level_anchors[index], (1.0, 1.0, 1.0, 1.0)))
+            levels.append(torch.full_like(index[0], len(scores)))
             scores.append(score)
-            levels.append(torch.full_like(index[0], i))
         scores = torch.cat(scores, dim=1)
         boxes = clip_boxes(torch.cat(boxes, dim=1), image_limits(sizes, scores.device))
         # A box outside the image is clipped to nothing; one that is not a number compares as False.
@@ -422,12 +424,13 @@ class RPN(nn.Module):
         }
 
     def match(self, anchors, truth, truth_valid):
-        """For anchors [A, 4]: index of the best object [B, A], and label [B, A]: 1, 0, or -1 (ignored).
+        """For anchors [A, 4]: index of the best object [B, A], label [B, A]: 1, 0, -1 (ignored).
 
         Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more (Faster R-CNN's
-        "low-quality matches": every object gets at least one anchor). Negative: below 0.3 with all.
+        "low-quality matches": every object gets an anchor or more). Negative: below 0.3 with all.
         """
-        iou = pairwise_iou(truth, anchors[None]).masked_fill_(~truth_valid[..., None], -1)  # [B, G, A]
+        iou = pairwise_iou(truth, anchors[None])  # [B, G, A]
+        iou.masked_fill_(~truth_valid[..., None], -1)
         best, matched = iou.max(dim=1)
         labels = torch.full_like(matched, -1)
         labels[best < self.config["rpn_bg_iou_thresh"]] = 0
@@ -443,10 +446,11 @@ class RPN(nn.Module):
 
 
 def to_rois(boxes, valid=None):
-    """RoIs [R, 5], (image index, x1, y1, x2, y2), from a list of [N, 4] or from [B, P, 4] and valid."""
+    """RoIs [R, 5], (image, x1, y1, x2, y2), from a list of [N, 4] or from [B, P, 4] and valid."""
     if valid is not None:
-        image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
-        return torch.cat([image.to(boxes.dtype), boxes], dim=2)[valid]
+        image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+        image = image[:, None, None].expand(-1, boxes.shape[1], 1)
+        return torch.cat([image, boxes], dim=2)[valid]
     return torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
 
 
@@ -457,18 +461,19 @@ def pool(features, strides, rois, size, sampling_ratio):
     paper). One call of RoIAlign per level for all images; pixel centres are at half-integers
     (`aligned`).
     """
+
+    def align(feature, rois, stride):
+        return roi_align(feature.float(), rois, size, 1 / stride, sampling_ratio, aligned=True)
+
     if len(features) == 1:
-        return roi_align(features[0].float(), rois, size, 1 / strides[0], sampling_ratio, aligned=True)
+        return align(features[0], rois, strides[0])
     side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
     lowest, highest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
     level = torch.floor(4 + torch.log2(side / 224 + 1e-8)).clamp(lowest, highest) - lowest
     order = level.argsort(stable=True)
     levels = torch.arange(len(features), device=level.device)
     counts = (level[:, None] == levels).sum(dim=0).tolist()
-    pooled = [
-        roi_align(feature.float(), level_rois, size, 1 / stride, sampling_ratio, aligned=True)
-        for feature, level_rois, stride in zip(features, rois[order].split(counts), strides)
-    ]
+    pooled = [align(*level) for level in zip(features, rois[order].split(counts), strides)]
     return torch.cat(pooled)[order.argsort()]
 
 
@@ -519,8 +524,8 @@ class MaskHead(nn.Module):
         # class's row of the 1x1 convolution to each RoI instead of all K rows.
         weight = self.predictor.weight.flatten(1)[labels - 1]  # [R, C]
         bias = self.predictor.bias[labels - 1]
-        logits = torch.matmul(weight[:, None].to(x.dtype), x.flatten(2)).float() + bias[:, None, None]
-        return logits.view(len(x), *x.shape[-2:])
+        logits = torch.matmul(weight[:, None].to(x.dtype), x.flatten(2)).float()
+        return (logits + bias[:, None, None]).view(len(x), *x.shape[-2:])
 
 
 class KeypointHead(nn.Module):
@@ -552,7 +557,8 @@ def mask_targets(targets, rois, matched, size):
         boxes = torch.cat([index[:, None].to(rois.dtype), rois[here, 1:]], dim=1)
         if len(masks) == 0:
             masks = masks.new_zeros(1, *masks.shape[1:])  # no object, hence no RoI either
-        crops.append(roi_align(masks[:, None].float(), boxes, size, 1.0, 0, aligned=True)[:, 0] >= 0.5)
+        crop = roi_align(masks[:, None].float(), boxes, size, 1.0, 0, aligned=True)
+        crops.append(crop[:, 0] >= 0.5)
     return torch.cat(crops).float()
 
 
@@ -621,7 +627,8 @@ class MaskRCNN(nn.Module):
         super().__init__()
         self.config = config
         # What the weights were trained on; filled in by training, and by loading a checkpoint.
-        self.data_settings = {"min_size": 800, "max_size": 1333, "classes": None, "category_ids": None}
+        self.data_settings = {"min_size": 800, "max_size": 1333}
+        self.data_settings |= {"classes": None, "category_ids": None}
         for name in ("image_mean", "image_std"):
             value = torch.tensor(config[name], dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value)
@@ -635,8 +642,8 @@ class MaskRCNN(nn.Module):
             channels, strides = self.backbone.channels[0], self.backbone.strides
         else:
             self.backbone = ResNet(
-                c["blocks"], c["groups"], c["width_per_group"], c["stem_width"], norm, c["freeze_at"],
-                c["stride_in_1x1"],
+                c["blocks"], c["groups"], c["width_per_group"], c["stem_width"], norm,
+                c["freeze_at"], c["stride_in_1x1"],
             )  # fmt: skip
             self.fpn = FPN(self.backbone.channels, c["fpn_channels"], head_norm)
             channels, strides = c["fpn_channels"], self.backbone.strides + [64]
@@ -653,7 +660,7 @@ class MaskRCNN(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialize from nothing: He et al.'s for what feeds a ReLU, Caffe2's Xavier for FPN and fc.
+        """Initialize from nothing: He et al.'s for what feeds a ReLU; Caffe2's Xavier for FPN, fc.
 
         Every gamma starts at 1 (zero for the last one of a block, usual in ImageNet training, hurts
         GN detectors from scratch, notes Detectron2), every bias and beta at 0.
@@ -664,7 +671,7 @@ class MaskRCNN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         for module in self.fpn.modules() if self.fpn else ():
             if isinstance(module, nn.Conv2d):
@@ -688,11 +695,12 @@ class MaskRCNN(nn.Module):
         batch = self.image_mean.new_zeros(len(images), 3, h, w)
         for out, image, (h, w) in zip(batch, images, sizes):
             scale = 1.0 if image.is_floating_point() else 255.0
-            torch.sub(image, self.image_mean * scale, out=out[:, :h, :w]).div_(self.image_std * scale)
+            out = out[:, :h, :w]
+            torch.sub(image, self.image_mean * scale, out=out).div_(self.image_std * scale)
         return batch, sizes
 
     def features(self, batch):
-        """Feature levels of a batch [B, 3, H, W]: P2..P6, or VGG's one level; list of [B, C, h, w]."""
+        """Feature levels [B, C, h, w] of a batch [B, 3, H, W]: P2..P6, or VGG's one level."""
         levels = self.backbone(batch)
         return self.fpn(levels) if self.fpn else levels
 
@@ -713,10 +721,10 @@ class MaskRCNN(nn.Module):
     def box_predictions(self, features, boxes, valid, sizes):
         """Class scores and boxes of proposals, *before* threshold and NMS.
 
-        boxes [B, P, 4] and valid [B, P] as `proposals` gives them. Returns per image a pair: scores
-        [p, K + 1] (softmax; column 0 is background) and boxes [p, K, 4] ([p, 1, 4] if class-agnostic),
-        clipped, for its p valid proposals. Cascade: each stage refines the boxes of the one before;
-        scores are averaged over the stages.
+        boxes [B, P, 4] and valid [B, P] as `proposals` gives them. Returns per image a pair, for
+        its p valid proposals: scores [p, K + 1] (softmax; column 0 is background) and clipped
+        boxes [p, K, 4] ([p, 1, 4] if class-agnostic). Cascade: each stage refines the boxes of the
+        one before; scores are averaged over the stages.
         """
         rois = to_rois(boxes, valid)
         image = rois[:, 0].long()
@@ -725,8 +733,8 @@ class MaskRCNN(nn.Module):
         for stage, head in enumerate(self.box_heads):
             logits, deltas = head(self.pool(features, rois, self.config["box_roi_size"]))
             scores = scores + logits.softmax(dim=1) / len(self.box_heads)
-            decoded = decode_boxes(deltas, rois[:, None, 1:], self.box_weights(stage))  # [R, K or 1, 4]
-            decoded = clip_boxes(decoded, limits)
+            decoded = decode_boxes(deltas, rois[:, None, 1:], self.box_weights(stage))
+            decoded = clip_boxes(decoded, limits)  # [R, K or 1, 4]
             rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)  # class-agnostic where it matters
         counts = valid.sum(dim=1).tolist()
         return list(zip(scores.split(counts), decoded.split(counts)))
@@ -745,7 +753,7 @@ class MaskRCNN(nn.Module):
         return {"boxes": boxes[kept], "labels": label[kept] + 1, "scores": scores[kept]}
 
     def mask_probabilities(self, features, boxes, labels):
-        """Masks of given boxes and labels (lists of [N, 4] and [N]): a list of [N, 28, 28] in 0..1."""
+        """Masks of given boxes and labels (lists of [N, 4], [N]): a list of [N, 28, 28] in 0..1."""
         pooled = self.pool(features, to_rois(boxes), self.config["mask_roi_size"])
         masks = self.mask_head(pooled, torch.cat(labels)).sigmoid()
         return list(masks.split([len(b) for b in boxes]))
@@ -766,11 +774,12 @@ class MaskRCNN(nn.Module):
         c = self.config
         boxes = torch.cat([boxes, truth], dim=1)
         valid = torch.cat([valid, truth_valid], dim=1)
-        matched, labels = self.match_rois(boxes, truth, truth_labels, truth_valid, c["box_fg_iou_thresh"])
+        threshold = c["box_fg_iou_thresh"]
+        matched, labels = self.match_rois(boxes, truth, truth_labels, truth_valid, threshold)
         labels = labels.masked_fill(~valid, -1)
         batch_size, fraction = c["box_batch_size_per_image"], c["box_positive_fraction"]
         index, chosen = sample(labels, batch_size, fraction, seeds, salt=2)
-        image, slot = chosen.nonzero(as_tuple=True)  # the one place that waits for the numbers of RoIs
+        image, slot = chosen.nonzero(as_tuple=True)  # the one place that waits for their number
         index = index[image, slot]
         rois = torch.cat([image[:, None].to(boxes.dtype), boxes[image, index]], dim=1)
         return rois, labels[image, index], matched[image, index]
@@ -784,8 +793,8 @@ class MaskRCNN(nn.Module):
     def box_losses(self, features, rois, labels, matched, padded, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
 
-        Stages 2 and 3 take the boxes that the stage before made of the same RoIs: nothing is sampled
-        again, no ground truth is added again, and boxes that became empty are dropped.
+        Stages 2 and 3 take the boxes that the stage before made of the same RoIs: nothing is
+        sampled again, no ground truth added again, and boxes that became empty are dropped.
         """
         truth = padded[0]
         stages = len(self.box_heads)
@@ -807,9 +816,10 @@ class MaskRCNN(nn.Module):
             loss = F.smooth_l1_loss(
                 chosen, box_targets, reduction="none", beta=self.config["box_smooth_l1_beta"]
             )
-            # Both divide by *all* sampled RoIs; a process without any has a loss of zero, with a graph.
+            # Both divide by *all* sampled RoIs; without any, a loss of zero still has a graph.
             count = max(len(labels), 1)
-            losses["loss_classifier" + name] = F.cross_entropy(logits, labels, reduction="sum") / count
+            class_loss = F.cross_entropy(logits, labels, reduction="sum")
+            losses["loss_classifier" + name] = class_loss / count
             losses["loss_box_reg" + name] = (loss * foreground[:, None]).sum() / count
             if stage + 1 < stages:
                 rois, labels, matched = self.next_rois(rois, deltas, stage, padded, sizes)
@@ -853,7 +863,8 @@ class MaskRCNN(nn.Module):
         cell, valid = keypoint_targets(truth, rois[:, 1:], size)
         useful = valid.any(dim=1)  # RoIs without a labelled keypoint inside are left out
         cell, valid = cell[useful], valid[useful]
-        heatmaps = self.keypoint_head(self.pool(features, rois[useful], self.config["keypoint_roi_size"]))
+        pooled = self.pool(features, rois[useful], self.config["keypoint_roi_size"])
+        heatmaps = self.keypoint_head(pooled)
         loss = F.cross_entropy(heatmaps.flatten(0, 1).flatten(1), cell.flatten(), reduction="none")
         return {"loss_keypoint": (loss * valid.flatten()).sum() / valid.sum().clamp(min=1)}
 
@@ -885,14 +896,14 @@ class MaskRCNN(nn.Module):
 
         images: list of [3, h, w] RGB tensors, uint8 or float in [0, 1], of any sizes.
         targets (training): list of dicts with `boxes` [N, 4] float xyxy, `labels` [N] int64 in
-        1..K, `masks` [N, h, w] bool or uint8 (if the model has masks), `keypoints` [N, 17, 3] (x, y,
-        v), and optionally `seed` (int), of which the random sampling is then a function.
+        1..K, `masks` [N, h, w] bool or uint8 (if the model has masks), `keypoints` [N, 17, 3]
+        (x, y, v), and optionally `seed` (int), of which the random sampling is then a function.
 
-        Training returns loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask,
-        loss_keypoint (cascade: loss_classifier_1..3, loss_box_reg_1..3). Evaluation returns per
-        image a dict of `boxes`, `labels`, `scores`, `masks` [N, 28, 28] (probabilities inside the
-        box), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17], in pixels of the
-        given image.
+        Training returns loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg,
+        loss_mask, loss_keypoint (cascade: loss_classifier_1..3, loss_box_reg_1..3). Evaluation
+        returns per image a dict of `boxes`, `labels`, `scores`, `masks` [N, 28, 28] (probabilities
+        inside the box), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17], in pixels
+        of the given image.
         """
         batch, sizes = self.batch(images)
         features = self.features(batch)
@@ -991,7 +1002,9 @@ BACKBONES = {
 }
 
 
-def build_model(backbone="resnet50", norm="gn", num_classes=80, masks=True, keypoints=0, cascade=False, **hyper):
+def build_model(
+    backbone="resnet50", norm="gn", num_classes=80, masks=True, keypoints=0, cascade=False, **hyper
+):
     """A MaskRCNN with random weights; any name in DEFAULTS can be given as an argument.
 
     backbone: a name in BACKBONES. norm: "gn", "syncbn", "bn", "frozen_bn" or "none". num_classes
@@ -1004,9 +1017,10 @@ def build_model(backbone="resnet50", norm="gn", num_classes=80, masks=True, keyp
         raise ValueError(f"Unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
     unknown = sorted(set(hyper) - set(DEFAULTS))
     if unknown:
-        raise ValueError(f"Unknown argument {unknown[0]!r} of build_model; see model.DEFAULTS for all.")
-    named = dict(norm=norm, num_classes=num_classes, masks=masks, keypoints=keypoints, cascade=cascade)
-    config = DEFAULTS | BACKBONES[backbone] | {"backbone": backbone} | named | hyper
+        raise ValueError(f"Unknown argument {unknown[0]!r} of build_model; see model.DEFAULTS.")
+    named = {"backbone": backbone, "norm": norm, "num_classes": num_classes}
+    named |= {"masks": masks, "keypoints": keypoints, "cascade": cascade}
+    config = DEFAULTS | BACKBONES[backbone] | named | hyper
     if config["blocks"] is None:
         config["blocks"] = BACKBONES[backbone].get("blocks")
     normalized = norm in ("gn", "syncbn", "bn")

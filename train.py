@@ -1085,7 +1085,7 @@ def main(arguments=None):
     except OSError as error:  # a full disk, a folder that may not be written to
         print(
             f"train.py: {error.filename or 'a file'} could not be read or written "
-            f"({error.strerror or error}); the checkpoints so far are intact: mend it and --resume.",
+            f"({error.strerror or error}); checkpoints so far are intact: mend it and --resume.",
             file=sys.stderr,
         )
         return 1

@@ -1,4 +1,4 @@
-"""One thread for each process: the models here are small, and some tests start several processes."""
+"""One thread for each process: models here are small, and some tests start several processes."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Can the detector memorize? R50-FPN GN from random weights, until its AP on its own training images is high.
+"""Can the detector memorize? R50-FPN GN from random weights, until AP on its own images is high.
 
   python tests/memorize.py --data coco --images 8 --size 320 --goal 70 --out runs/memorize
   python tests/memorize.py --data coco --images 80 --size 800 --batch 8 --goal 80      (with a GPU)
@@ -73,8 +73,12 @@ def main():
     )
     max_size = round(args.size * 1333 / 800)
     model = train.make_model(recipe, len(train_set.classes)).to(device).train()
-    model.data_settings = {"min_size": args.size, "max_size": max_size, "classes": train_set.classes,
-                           "category_ids": train_set.category_ids}  # fmt: skip
+    model.data_settings = {
+        "min_size": args.size,
+        "max_size": max_size,
+        "classes": train_set.classes,
+        "category_ids": train_set.category_ids,
+    }
     optimizer = train.make_optimizer(model, recipe)
     samples = [train_set.load(i, args.size, max_size) for i in range(len(train_set))]
     print(f"{len(samples)} images: {train_set.image_ids}")
@@ -104,17 +108,15 @@ def main():
         if done % args.check == 0 or done == args.steps:
             metrics = evaluate.evaluate(model, test_set, args.out, workers=0, progress=False)
             model.train()
-            print(
-                f"step {done}: bbox AP {metrics['bbox']['AP']:.1f}, mask AP {metrics['segm']['AP']:.1f}",
-                flush=True,
-            )
+            bbox, segm = metrics["bbox"]["AP"], metrics["segm"]["AP"]
+            print(f"step {done}: bbox AP {bbox:.1f}, mask AP {segm:.1f}", flush=True)
             checkpoint = {
                 "model_config": model.config,
                 "model": model.state_dict(),
                 "data": model.data_settings,
             }
             train.save_checkpoint(Path(args.out) / "memorized.pth", checkpoint)
-            if min(metrics["bbox"]["AP"], metrics["segm"]["AP"]) > args.goal:
+            if min(bbox, segm) > args.goal:
                 return
 
 

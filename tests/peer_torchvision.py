@@ -3,8 +3,8 @@
   python tests/peer_torchvision.py --data toy_coco --seed 0 [--iterations N]
 
 The same narrow architecture built of torchvision's own parts, trained on the same batches of the
-same generated images for the same iterations, at the same rates, and evaluated by pycocotools on the
-same split. Takes about as long as `python train.py`, beside whose AP its own stands in README.md.
+same generated images for the same iterations, at the same rates, and evaluated by pycocotools on
+the same split. Takes about as long as `python train.py`; README.md has its AP beside ours.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class NarrowResNet(resnet.ResNet):
 
 
 def build_peer(recipe, num_classes):
-    """torchvision's Mask R-CNN with the widths and numbers of our recipe (a dict of build_model's)."""
+    """torchvision's Mask R-CNN with the widths and numbers of our recipe."""
     c = recipe.model
     body = NarrowResNet(c["stem_width"], c["blocks"])
     channels = [c["stem_width"] * 4 * 2**i for i in range(4)]
@@ -118,7 +118,8 @@ def coco_ap(model, dataset):
     for kind in ("bbox", "segm"):
         with contextlib.redirect_stdout(io.StringIO()):
             # pycocotools takes the area of the mask where a result has no "bbox"
-            chosen = [{k: v for k, v in r.items() if k != ("segmentation" if kind == "bbox" else "bbox")}
+            other = "segmentation" if kind == "bbox" else "bbox"
+            chosen = [{k: v for k, v in r.items() if k != other}
                       for r in results]  # fmt: skip
             evaluation = COCOeval(truth, truth.loadRes(chosen), kind)
             evaluation.evaluate()
@@ -166,7 +167,8 @@ def main():
     minutes = (time.perf_counter() - start) / 60
     aps = coco_ap(model, val_set)
     print(
-        f"torchvision, seed {args.seed}, {recipe.iterations} iterations: {minutes:.1f} minutes of training, {aps}"
+        f"torchvision, seed {args.seed}, {recipe.iterations} iterations: "
+        f"{minutes:.1f} minutes of training, {aps}"
     )
 
 

@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from torchvision.ops import box_iou
 
 import data
 import evaluate
@@ -471,7 +469,10 @@ def test_one_view_is_plain_prediction(monkeypatch):
     image = (torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)) * 255).byte()
     plain = evaluate.predict(model, image)
     assert len(plain["scores"]) > 3
-    one = lambda h, w, low, high: [evaluate.View(*data.resize_shape(h, w, low, high), scale=low)]
+
+    def one(h, w, low, high):
+        return [evaluate.View(*data.resize_shape(h, w, low, high), scale=low)]
+
     monkeypatch.setattr(evaluate, "tta_views", one)
     monkeypatch.setattr(evaluate, "vote_boxes", lambda detections, *_: detections["boxes"])
     augmented = evaluate.predict(model, image, tta=True)
@@ -500,9 +501,11 @@ def test_keypoints_of_small_boxes_leave_out_the_smaller_views():
     own = evaluate.View(800, 1067, scale=800)
     boxes = torch.tensor([[0, 0, 240, 240.0], [0, 0, 260, 260.0]])  # 144 and 156 px in the image
     image = torch.zeros(3, 480, 640)
-    fits = lambda scale: evaluate.keypoint_scale_fits(
-        boxes, image, own, evaluate.View(1, 1, scale=scale)
-    ).tolist()
+
+    def fits(scale):
+        view = evaluate.View(1, 1, scale=scale)
+        return evaluate.keypoint_scale_fits(boxes, image, own, view).tolist()
+
     assert fits(700) == [0, 1] and fits(800) == [1, 1] and fits(900) == [1, 0]
 
 

@@ -63,7 +63,9 @@ class Launcher:
         arguments += ["--images-per-gpu", str(2 // world_size)]
         processes = []
         for rank in range(world_size):
-            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
+            own = dict(environment)
+            if world_size > 1:
+                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             target = (arguments, own, str(out) + f".{rank}.txt")
             processes.append(self.context.Process(target=tiny_run.in_process, args=target))
             processes[-1].start()
@@ -105,7 +107,7 @@ def check_same_ending(out, expected):
 
 
 def kill_and_resume(launcher, folder, world_size, kills):
-    """Runs that are killed again and again, until `kills` have landed; how many runs, how many hit."""
+    """Runs that are killed again and again, until `kills` have landed; returns (runs, landed)."""
     assert launcher.run(folder / "undisturbed", world_size=world_size) == [0] * world_size
     expected = ending(folder / "undisturbed")
     assert expected[1]["iteration"] == 40
@@ -144,7 +146,7 @@ def test_a_run_killed_in_every_step_of_a_checkpoint_ends_as_if_it_had_not(launch
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_fifty_kills(launcher, tmp_path, world_size):
     runs, landed = kill_and_resume(launcher, tmp_path, world_size, kills=50)
-    print(f"{world_size} process(es): {runs} runs, {landed} kills, all ended bitwise as undisturbed")
+    print(f"{world_size} process(es): {runs} runs, {landed} kills, all bitwise as undisturbed")
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(launcher, tmp_path):
@@ -290,7 +292,8 @@ def test_two_nodes(coco, tmp_path, undisturbed):
 def memory(pid):
     """Private memory of a process in MiB, and the ids of its children."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    private = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private"))
+    lines = [line.split() for line in rollup.splitlines() if line.startswith("Private")]
+    private = sum(int(line[1]) for line in lines)
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return private / 1024, [int(child) for child in children]
 

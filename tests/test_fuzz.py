@@ -105,7 +105,7 @@ def mutate(content, rng):
 
 
 def read_independently(text, kind):
-    """image id -> (file name, boxes, labels, RLEs, keypoints), with plain Python and pycocotools."""
+    """image id -> (file name, [(box, label, mask, keypoints)]), in plain Python and pycocotools."""
     content = json.loads(text)
     categories = [c["id"] for c in content["categories"]]
     if kind == "person_keypoints":

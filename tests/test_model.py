@@ -389,8 +389,8 @@ def scene(keypoints=True):
         [[5, 5, 100, 90], [70, 60, 120, 95]],
     ]
     targets = [
-        make_target(b, l, *image.shape[-2:], seed=i, keypoints=keypoints)
-        for i, (b, l, image) in enumerate(zip(boxes, ([1, 3, 5], [2, 3]), images))
+        make_target(b, k, *image.shape[-2:], seed=i, keypoints=keypoints)
+        for i, (b, k, image) in enumerate(zip(boxes, ([1, 3, 5], [2, 3]), images))
     ]
     return images, targets
 

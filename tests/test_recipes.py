@@ -1,4 +1,4 @@
-"""Every experiment of the paper: its schedule by hand, its full model on paper, and a run in miniature."""
+"""Every experiment of the paper: its schedule by hand, its full model, and a run in miniature."""
 
 import json
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_rates_are_those_of_the_paper(name, init, schedule, total, first, second
 
 
 def test_linear_scaling_of_the_9x_models_with_64_images():
-    # Detectron2's 9x models: batch 64, lr 0.08, 202,500 iterations, drops 15,000 and 5,000 before the end
+    # Detectron2's 9x models: batch 64, lr 0.08, 202,500 iterations, drops 15,000 and 5,000 before
     recipe = train.scale_to_batch(recipe_of("r50-gn-aug"), 64)
     assert (recipe.iterations, recipe.tails, recipe.learning_rate) == (
         202_500,
@@ -183,7 +183,7 @@ def test_full_models_give_the_right_shapes(name):
 
 
 def test_multiply_adds_of_the_backbones():
-    """X152 8x32d is the paper's "about 4x" of R101; 32x8d is not. R50 and R101 as in torchvision."""
+    """X152 8x32d is the paper's "about 4x" of R101, 32x8d not. R50 and R101 as in torchvision."""
     image = torch.zeros(1, 3, 800, 1216, device="meta")
     cost = {}
     for name in (

@@ -305,7 +305,7 @@ def test_resuming_with_another_batch_goes_on_in_images(command, capsys):
 
 
 def test_a_cascade_is_switched_and_resumed_on_either_side(command, monkeypatch):
-    """Stages 2 and 3 start as copies of stage 1, the rest keeps its momentum, and resume is exact."""
+    """Stages 2 and 3 start as copies of stage 1, the rest keeps its momentum, resume is exact."""
     recipe = replace(
         RECIPES["tiny"], cascade_iterations=3, eval_every=100, checkpoint_every=1,
         model=RECIPES["tiny"].model | {"box_class_agnostic": True},
