@@ -583,7 +583,12 @@ def detect_all(model, dataset, rank, world_size, tta, workers, progress):
     # One image at a time: in a batch, images are padded to the largest, and through GroupNorm the
     # padding would make a result depend on its neighbours.
     images = EvaluationImages(dataset, positions, None if tta else sizes)
-    loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=workers)
+    loader = torch.utils.data.DataLoader(
+        images,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=data.leave_signals if workers else None,
+    )
     bar = tqdm(total=len(dataset), unit="image", desc="evaluate", disable=not progress, leave=False)
     # A thread pastes and encodes the masks of an image while the network looks at the next one.
     with bar, concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -80,6 +80,13 @@ def main():
         "category_ids": train_set.category_ids,
     }
     optimizer = train.make_optimizer(model, recipe)
+    first, path = 0, Path(args.out) / "memorized.pth"
+    if path.exists():  # go on
+        checkpoint = torch.load(path, weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        train.set_momentum(model, optimizer, checkpoint["momentum"])
+        first = checkpoint["iteration"]
+        print(f"continues after step {first}")
     samples = [train_set.load(i, args.size, max_size) for i in range(len(train_set))]
     print(f"{len(samples)} images: {train_set.image_ids}")
     start = time.perf_counter()
@@ -91,6 +98,8 @@ def main():
         if len(queue) < args.batch:
             queue += torch.randperm(len(samples), generator=order).tolist()
         chosen, queue = queue[: args.batch], queue[args.batch :]
+        if iteration < first:
+            continue
         batch = train.to_device(
             [samples[i][0] for i in chosen], [samples[i][1] for i in chosen], device
         )
@@ -103,7 +112,7 @@ def main():
         optimizer.step()
         done = iteration + 1
         if done % 25 == 0:
-            seconds = (time.perf_counter() - start) / done
+            seconds = (time.perf_counter() - start) / (done - first)
             print(f"step {done}: loss {loss.item():.3f}, {seconds:.2f} s a step", flush=True)
         if done % args.check == 0 or done == args.steps:
             metrics = evaluate.evaluate(model, test_set, args.out, workers=0, progress=False)
@@ -113,9 +122,11 @@ def main():
             checkpoint = {
                 "model_config": model.config,
                 "model": model.state_dict(),
+                "momentum": train.momentum_of(model, optimizer),
                 "data": model.data_settings,
+                "iteration": done,
             }
-            train.save_checkpoint(Path(args.out) / "memorized.pth", checkpoint)
+            train.save_checkpoint(path, checkpoint)
             if min(bbox, segm) > args.goal:
                 return
 

@@ -149,10 +149,25 @@ def test_fifty_kills(launcher, tmp_path, world_size):
     print(f"{world_size} process(es): {runs} runs, {landed} kills, all bitwise as undisturbed")
 
 
-def test_a_loss_that_is_not_finite_on_one_process_stops_all(launcher, tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_loading_processes_end_with_the_one_that_is_killed(launcher, tmp_path):
+    (process,) = launcher.start(tmp_path / "out", workers=2)
+    while not (tmp_path / "out" / "log.jsonl").exists() or not read_log(tmp_path / "out"):
+        time.sleep(0.05)
+    _, workers = memory(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end, "orphans hold their memory"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("amp", [[], ["--amp"]])
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(launcher, tmp_path, amp):
     out = tmp_path / "nan"
     start = time.monotonic()
-    codes = launcher.run(out, world_size=2, fault="nan:7:1")
+    codes = launcher.run(out, world_size=2, fault="nan:7:1", arguments=amp)
     assert all(codes) and time.monotonic() - start < LIMIT
     text = (tmp_path / "nan.1.txt").read_text()
     assert "step 7 is not finite" in text and "loss_mask nan" in text and "on images" in text
@@ -248,6 +263,17 @@ def test_sigterm_to_one_process_stops_both_with_exit_code_0(launcher, tmp_path, 
     assert train.iteration_of(train.checkpoints_in(out)[-1]) == 13
     assert launcher.run(out, world_size=2) == [0, 0]
     check_same_ending(out, undisturbed)
+
+
+@pytest.mark.long
+def test_resuming_with_another_number_of_processes_says_what_changes(launcher, tmp_path):
+    out = tmp_path / "out"
+    assert launcher.run(out, world_size=2, arguments=["--iterations", "7"]) == [0, 0]
+    assert launcher.run(out) == [0]
+    name, last, log, _ = ending(out)
+    assert (last["iteration"], last["world_size"]) == (40, 1)
+    assert [r["images"] for r in log if "loss" in r] == list(range(2, 82, 2))
+    assert "no longer those of an undisturbed run" in Path(f"{out}.0.txt").read_text()
 
 
 @pytest.mark.long

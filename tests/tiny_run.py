@@ -13,6 +13,7 @@ or, at step N:
 With ":once FILE" after it, the fault happens only if there is no FILE yet, which it makes.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -153,6 +154,7 @@ def in_process(arguments, environment, output):
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its loading processes
     sys.exit(main(arguments))
 
 
