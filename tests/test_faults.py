@@ -118,11 +118,19 @@ def kill_and_resume(launcher, folder, world_size, kills):
         out = folder / f"run{runs}"
         while True:
             fault = faults.pop() if faults else None
+            output = Path(f"{out}.0.txt")
+            output.touch()
+            said = len(output.read_text())
             processes = launcher.start(out, world_size, workers=2 * rng.randint(0, 1), fault=fault)
             if fault is None:
                 victim = rng.choice(processes)
                 time.sleep(rng.uniform(0.1, 3))
                 victim.kill()
+                victim.join()
+                if "it/s" not in output.read_text()[said:]:
+                    # No step yet: the others may wait to meet it, and torchrun would end them.
+                    for process in processes:
+                        process.kill()
             codes = wait(processes, LIMIT)
             landed += -signal.SIGKILL in codes
             for path in train.checkpoints_in(out):  # every one of them is complete

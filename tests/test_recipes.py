@@ -1,6 +1,8 @@
 """Every experiment of the paper: its schedule by hand, its full model, and a run in miniature."""
 
 import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -307,19 +309,10 @@ def test_recipe_in_miniature(name, tiny_coco, tiny_voc, tmp_path, monkeypatch, c
     )
     monkeypatch.setitem(train.RECIPES, name, miniature)
     root = tiny_voc if name == "r101-gn-voc" else tiny_coco
-    arguments = [
-        "--recipe",
-        name,
-        "--data",
-        str(root),
-        "--out",
-        str(tmp_path),
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    assert train.main(arguments) == 0
+    arguments = ["--recipe", name, "--data", str(root), "--out", str(tmp_path)]
+    start = time.perf_counter()
+    assert train.main([*arguments, "--workers", "0", "--device", "cpu"]) == 0
+    seconds = time.perf_counter() - start
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert [r["iteration"] for r in steps] == [1, 2, 3, 4]
@@ -332,6 +325,10 @@ def test_recipe_in_miniature(name, tiny_coco, tiny_voc, tmp_path, monkeypatch, c
         kinds.add("segm")
     if recipe.keypoints:
         kinds.add("keypoints")
-    assert set(metrics) == {"iteration"} | kinds
+    assert set(metrics) == {"iteration", "images"} | kinds
     saved = detector.load_model(tmp_path / "checkpoint_0000004.pth")
     assert saved.config["cascade"] == bool(recipe.cascade_iterations)
+    with capsys.disabled():  # the table of pytest -s
+        if os.environ.get("SHOW"):
+            losses = "  ".join(f"{k[5:] or k} {v}" for k, v in steps[-1].items() if "loss" in k)
+            print(f"{name:20} {seconds:5.1f} s  {losses}")
