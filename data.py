@@ -822,9 +822,13 @@ def _unchanged(batch):
 
 
 def leave_signals(_):
-    """In a worker: SIGINT and SIGTERM, which also reach it, are the main process's to answer."""
+    """In a worker: SIGINT and SIGTERM, which also reach it, are the main process's to answer.
+
+    To a SIGTERM a worker gives two minutes, in which its main process ends it in order.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows, where SIGTERM cannot be caught
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
 
 
 def training_loader(dataset, images_per_gpu, seed=0, rank=0, world_size=1, workers=2,

@@ -657,8 +657,9 @@ def evaluate(
     lines = []
     progress = progress and rank == 0
     opened = open(partial, "w") if partial else contextlib.nullcontext()
-    with evaluation_mode(model), opened as file:
-        for result in detect_all(model, dataset, rank, world_size, tta, workers, progress):
+    found = detect_all(model, dataset, rank, world_size, tta, workers, progress)
+    with evaluation_mode(model), opened as file, contextlib.closing(found):
+        for result in found:
             lines.append(json.dumps(result))
             if file:
                 file.write(lines[-1] + "\n")

@@ -782,7 +782,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
     metrics = None
     logged_at, logged_time = iteration, time.perf_counter()
     progress = tqdm(total=last, initial=iteration, disable=not main, unit="it", dynamic_ncols=True)
-    with progress as bar:
+    with contextlib.closing(loader), progress as bar:  # whatever happens, no worker stays behind
         while True:
             if iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last):
                 alarm.read()  # never evaluate weights that a loss has ruined

@@ -72,8 +72,8 @@ QUICK = {
 
 
 # ------------------------------------------------------------------------------------------------
-# The sides: model, its mask head and optimizer; prepare(image, target) -> what its loader would
-# give; losses(list of those); detect(image, height, width) -> masks [N, height, width], CPU.
+# The sides: model, the modules of its parts, optimizer; prepare(image, target) -> what its loader
+# would give; losses(list of those); detect(image, height, width) -> masks [N, height, width], CPU.
 # Bringing images and targets to the device belongs to the step.
 # ------------------------------------------------------------------------------------------------
 

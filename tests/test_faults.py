@@ -171,6 +171,14 @@ def test_loading_processes_end_with_the_one_that_is_killed(launcher, tmp_path):
         time.sleep(0.1)
 
 
+def test_when_one_of_two_processes_is_killed_the_other_ends(launcher, tmp_path):
+    processes = launcher.start(tmp_path / "out", world_size=2, workers=2)
+    while not (tmp_path / "out" / "log.jsonl").exists() or len(read_log(tmp_path / "out")) < 3:
+        time.sleep(0.05)
+    processes[1].kill()
+    assert wait(processes, 30) == [1, -signal.SIGKILL]
+
+
 @pytest.mark.parametrize("amp", [[], ["--amp"]])
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(launcher, tmp_path, amp):
     out = tmp_path / "nan"
