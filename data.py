@@ -1224,7 +1224,8 @@ class _Examination(Dataset):
             image, target = dataset.load(index)
         except DataError as error:
             return [str(error)], remarks, np.zeros((2, 3)), 0
-        for name, o, mask, box in zip(names, objects, target["masks"], target["boxes"].tolist()):
+        masks = target.get("masks", ())  # none: a data set of boxes only
+        for name, o, mask, box in zip(names, objects, masks, target["boxes"].tolist()):
             rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
             if len(rows) == 0:
                 remarks.append(f"{name}: its mask is empty")
@@ -1256,6 +1257,8 @@ def _describe(dataset, sums, pixels, min_size, max_size):
     print(f"  {len(dataset):,} images, {len(sides):,} objects ({crowds:,} crowds), "
           f"{len(counts)} classes: " + ", ".join(f"{name} {count:,}" for name, count in common)
           + (", ..." if len(counts) > 12 else ""))
+    if not dataset.masks:
+        print("  no segmentations: boxes only, for recipes with masks=False")
     mean = sums[0] / pixels
     deviation = np.sqrt(np.maximum(sums[1] / pixels - mean**2, 0))
     print(f"  image_mean=({', '.join(f'{x:.4f}' for x in mean)}), "
@@ -1278,16 +1281,21 @@ def examine(root, split, keypoints, min_size, max_size, workers, most=20):
     kind = "person_keypoints" if keypoints else "instances"
     annotation_file = os.path.join(root, "annotations", f"{kind}_{split}.json")
     print(f"\n{annotation_file}")
+    masks = True
     try:
         with open(annotation_file, encoding="utf-8") as file:
-            stops = list(coco_problems(json.load(file), annotation_file))
+            content = json.load(file)
+        stops = list(coco_problems(content, annotation_file))
+        if not stops and content.get("annotations"):
+            masks = any("segmentation" in annotation for annotation in content["annotations"])
     except (OSError, ValueError, RecursionError):
         stops = []  # CocoDataset, which reads it too, says what is wrong
     remarks, dataset = [], None
     sums, pixels = np.zeros((2, 3)), 0
     if not stops:
         try:
-            dataset = CocoDataset(os.path.join(root, split), annotation_file, keypoints=keypoints)
+            dataset = CocoDataset(os.path.join(root, split), annotation_file, masks=masks,
+                                  keypoints=keypoints)
         except DataError as error:
             stops.append(str(error))
     if dataset is not None:

@@ -407,11 +407,11 @@ class RPN(nn.Module):
             batch_size, fraction = c["rpn_batch_size_per_image"], c["rpn_positive_fraction"]
             index, valid = sample(labels, batch_size, fraction, seeds, salt=1)
             positive = take(labels, index).eq(1) & valid
-            truth = take(truth, take(matched, index))
             # Slots that are not positive get their own anchor as target: finite, and then masked.
             boxes = anchors[index]
-            truth = torch.where(positive[..., None], truth, boxes)
-            box_targets = encode_boxes(truth, boxes, (1.0, 1.0, 1.0, 1.0))
+            box_truth = take(truth, take(matched, index))  # [B, S, 4]
+            box_truth = torch.where(positive[..., None], box_truth, boxes)
+            box_targets = encode_boxes(box_truth, boxes, (1.0, 1.0, 1.0, 1.0))
         logits = take(objectness, index)
         loss = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
         box_loss = F.smooth_l1_loss(
@@ -871,11 +871,11 @@ class MaskRCNN(nn.Module):
     def losses(self, features, sizes, targets):
         """All losses of a batch, as a dict of scalars (see `forward`)."""
         device = features[0].device
-        truth, truth_labels, truth_valid = padded = pad_targets(targets, device)
+        padded = pad_targets(targets, device)  # boxes, labels, which are valid
         seeds = sampling_seeds(targets, device)
 
         objectness, deltas, anchors = self.rpn(features)
-        losses = self.rpn.losses(objectness, deltas, anchors, truth, truth_valid, seeds)
+        losses = self.rpn.losses(objectness, deltas, anchors, padded[0], padded[2], seeds)
 
         boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
         rois, labels, matched = self.sample_rois(boxes, valid, *padded, seeds)

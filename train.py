@@ -63,7 +63,7 @@ class Recipe:
     one_x: int = SCHEDULES["1x"]  # iterations that --schedule counts in
     tails: tuple = (60_000, 20_000)  # the last iterations, at reduced rates, *whatever the total*
     tails_pretrained: tuple = (60_000, 20_000)
-    decay: float = 0.1  # the factor at the beginning of each tail
+    drop_factor: float = 0.1  # of the rate at the beginning of each tail
 
     # Sec. 4 "Hyper-parameters"
     batch_size: int = 16  # images of all GPUs together, for which the numbers here hold
@@ -115,7 +115,7 @@ def small(subset, random, pretrained, paper):
         tails=ninths(random),
         tails_pretrained=ninths(pretrained),
         learning_rate=0.04,
-        decay=0.02,
+        drop_factor=0.02,
         min_sizes=AUGMENTED_MORE,
         paper=paper,
     )
@@ -236,7 +236,7 @@ RECIPES = {
         iterations=SCHEDULES["9x"],
         iterations_pretrained=SCHEDULES["6x"],
         learning_rate=0.04,
-        decay=0.02,
+        drop_factor=0.02,
         min_sizes=AUGMENTED_MORE,
         paper="bbox: random 36.3, pre-trained 36.3",
     ),
@@ -309,6 +309,16 @@ def check(recipe, from_random):
             f"{recipe.iterations:,} iterations are fewer than the tail of {recipe.tails[0]:,} that "
             "are to run at the reduced learning rates; choose a longer schedule."
         )
+    if recipe.iterations < recipe.cascade_iterations:
+        raise UsageError(
+            f"{recipe.iterations:,} iterations are fewer than the {recipe.cascade_iterations:,} "
+            "that are to run as a cascade; choose a longer schedule."
+        )
+    if recipe.warmup_iterations > recipe.iterations - recipe.tails[0]:
+        raise UsageError(
+            f"The warm-up of {recipe.warmup_iterations:,} iterations would not end before the rate "
+            f"drops at {recipe.iterations - recipe.tails[0]:,}; choose a longer schedule."
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -325,7 +335,7 @@ def learning_rate(iteration, recipe):
     rate = recipe.learning_rate
     for tail in recipe.tails:
         if recipe.iterations - iteration <= tail:
-            rate *= recipe.decay
+            rate *= recipe.drop_factor
     if iteration < recipe.warmup_iterations:
         progress = iteration / recipe.warmup_iterations
         rate *= recipe.warmup_factor * (1 - progress) + progress
@@ -545,7 +555,10 @@ def describe_schedule(recipe, run, world_size, num_images):
     """The plan as text: iterations, epochs, where the rate drops, the batch and its scaling."""
     drops = [recipe.iterations - tail for tail in recipe.tails]
     rates = ", ".join(f"{learning_rate(drop, recipe):.3g} from {drop:,}" for drop in drops)
-    epochs = recipe.iterations * recipe.batch_size / num_images
+    epochs = ""
+    if num_images:
+        count = recipe.iterations * recipe.batch_size / num_images
+        epochs = f": {count:.1f} epochs of {num_images:,} images"
     own = RECIPES[run.name].batch_size
     if recipe.batch_size == own:
         scaling = ", the recipe's own batch"
@@ -556,13 +569,18 @@ def describe_schedule(recipe, run, world_size, num_images):
             f"iterations are divided by {ratio:g}"
         )
     lines = [
-        f"Schedule  {recipe.iterations:,} iterations of {recipe.batch_size} images: "
-        f"{epochs:.1f} epochs of {num_images:,} images",
+        f"Schedule  {recipe.iterations:,} iterations of {recipe.batch_size} images{epochs}",
         f"Rate      {recipe.learning_rate:.3g}, {rates}; "
         f"linear warm-up over {recipe.warmup_iterations:,}",
         f"Batch     {world_size} process{'es' if world_size > 1 else ''} x "
         f"{recipe.images_per_gpu} images{scaling}",
     ]
+    counted = {"bn": recipe.images_per_gpu, "syncbn": recipe.batch_size}.get(recipe.norm, 16)
+    if counted < 16:
+        lines.append(
+            f"Norm      {recipe.norm} has the statistics of {counted} images only, the paper's "
+            "SyncBN those of 16: expect less, or use --norm gn"
+        )
     if run.stop is not None and run.stop < recipe.iterations:
         lines.append(
             f"Stops     after iteration {run.stop:,} (--iterations), the schedule unchanged"
@@ -743,6 +761,12 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
     }
     milestones |= {recipe.iterations - recipe.cascade_iterations, last}
 
+    def agree_on_buffers():
+        """BN's running statistics are each process's own: rank 0's are evaluated and kept."""
+        if world_size > 1 and recipe.norm == "bn":
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def save():
         checkpoint = {
             "model_config": model.config,
@@ -786,6 +810,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         while True:
             if iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last):
                 alarm.read()  # never evaluate weights that a loss has ruined
+                agree_on_buffers()
                 metrics = evaluate_now()
                 logged_at, logged_time = iteration, time.perf_counter()
             if iteration >= last:
@@ -833,6 +858,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
             due = iteration % recipe.checkpoint_every == 0 or iteration % recipe.eval_every == 0
             if stop or due or iteration in milestones:  # before an evaluation too: it takes minutes
                 alarm.read()
+                agree_on_buffers()
                 if main:
                     save()
             if stop:
@@ -998,7 +1024,10 @@ def dry_run(recipe, run):
     """Print the plan of a run, as on as many processes as make the recipe's batch."""
     world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
     scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
-    images, sample = 117_266, ()  # COCO train2017: the images with an object that is no crowd
+    check(scaled, from_random=run.init == "random")
+    images, sample = recipe.subset, ()
+    if images is None and recipe.masks and not run.name.startswith("toy"):
+        images = 117_266  # COCO train2017: those with an object that is no crowd
     if run.data is not None:
         train_set, _ = make_datasets(recipe, run.data)
         images = len(train_set)
@@ -1028,6 +1057,7 @@ def run_command(args):
 
     rank, world_size, device = evaluate.start_processes(args.device)
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
+    check(recipe, from_random=args.init == "random")
     if args.eval_every:
         recipe = replace(recipe, eval_every=args.eval_every)
     found = checkpoints_in(run.out)
@@ -1081,6 +1111,9 @@ def main(arguments=None):
         return 2
     except (data.DataError, detector.WeightsError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        sys.stderr.close()
         return 1
     except OSError as error:  # a full disk, a folder that may not be written to
         print(

@@ -15,10 +15,10 @@ Detectron2's column stays empty where it cannot be imported.
   inference  one image at a time, masks pasted to the size of its file; on the CPU at the end
   loader     decode, resize, flip, boxes and masks: one process, one thread
   paste      100 masks an image pasted and run-length coded; COCO's metrics of such images
-  memory     peak of a train step and of an inference, each side in a process of its own
+  memory     peak of two train steps and of two inferences, each side in a process of its own
   growth     time and memory of a step against the number of objects and of images
   floor      multiply-adds of our convolutions and linear layers over the rate of a bare 3x3
-             convolution of 256 channels on this machine: also for each part of ours alone
+             convolution of 256 channels on this machine; also part by part, forward
 
 The table goes to stdout, progress to stderr.
 """
@@ -28,7 +28,6 @@ import collections
 import contextlib
 import datetime
 import functools
-import json
 import math
 import platform
 import statistics
@@ -42,7 +41,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
-import pycocotools.cocoeval
 import torch
 import torchvision
 from PIL import Image
@@ -63,18 +61,18 @@ import evaluate  # noqa: E402
 import model as detector  # noqa: E402
 import train  # noqa: E402
 
-PARTS = ("train", "inference", "loader", "paste", "memory", "growth", "floor")
+TASKS = ("train", "inference", "loader", "paste", "memory", "growth", "floor")
+PARTS = ("backbone", "FPN", "RPN", "box head", "mask head")
 RATE = 1e-9  # so small that the weights, and with them the work of a step, stay as they are
 QUICK = {
     "stem_width": 32, "width_per_group": 32, "fpn_channels": 64, "box_head_channels": 64,
     "box_head_fc_channels": 64, "mask_head_channels": 64,
 }  # fmt: skip
 
-
 # ------------------------------------------------------------------------------------------------
-# The sides: model, the modules of its parts, optimizer; prepare(image, target) -> what its loader
-# would give; losses(list of those); detect(image, height, width) -> masks [N, height, width], CPU.
-# Bringing images and targets to the device belongs to the step.
+# The sides. Each is a model; the modules of its PARTS; its optimizer; prepare(image, target), what
+# its loader would give; losses(list of those); detect(image, height, width), masks [N, H, W] on
+# the CPU. Bringing images and targets to the device belongs to the step.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +81,7 @@ def scaled_model(args):
     model = detector.build_model(**(QUICK if args.quick else {}))
     shapes = {name: tuple(t.shape) for name, t in detector.to_detectron2(model).items()}
     weights = test_agreement.golden_weights("gn", shapes)
-    found, unused = detector.translate(weights, "detectron2", model)
+    found, _ = detector.translate(weights, "detectron2", model)
     model.load_state_dict(found | {n: getattr(model, n) for n in detector.STATISTICS_NAMES})
     return model
 
@@ -110,7 +108,8 @@ def ours(args):
 
     return SimpleNamespace(
         model=model,
-        mask_head=model.mask_head,
+        parts=[[m] for m in (model.backbone, model.fpn, model.rpn, model.box_heads[0])]
+        + [[model.mask_head]],
         optimizer=train.make_optimizer(model, recipe),
         prepare=lambda image, target: (pinned(image), pinned_target(target)),
         losses=lambda batch: model(*train.to_device(*zip(*batch), args.device)),
@@ -155,26 +154,27 @@ def torchvisions(args):
     """torchvision's Mask R-CNN, built of its parts as in peer_torchvision.py."""
     own = scaled_model(args)
     c = {k: v for k, v in own.config.items() if not k.startswith("rpn_") or "_top_n_" in k}
-    recipe = replace(
-        train.RECIPES["r50-gn"], model=c, test_size=args.sizes[0], max_size=args.sizes[1]
-    )
+    sizes = {"test_size": args.sizes[0], "max_size": args.sizes[1]}
+    recipe = replace(train.RECIPES["r50-gn"], model=c, **sizes)
     model = peer_torchvision.build_peer(recipe, c["num_classes"])
     model.load_state_dict(to_torchvision(own))
     model.transform.resize = lambda image, target: (image, target)  # that was done before
     model.to(args.device)
+    heads = model.roi_heads
 
     def detect(image, height, width):
         # The steps of its forward, which pastes to the size of what it is given.
         images, _ = model.transform([(image.float() / 255).to(args.device)])
         features = model.backbone(images.tensors)
         proposals, _ = model.rpn(images, features)
-        found, _ = model.roi_heads(features, proposals, images.image_sizes)
+        found, _ = heads(features, proposals, images.image_sizes)
         found = model.transform.postprocess(found, images.image_sizes, [(height, width)])
         return (found[0]["masks"][:, 0] >= 0.5).cpu()
 
     return SimpleNamespace(
         model=model,
-        mask_head=model.roi_heads.mask_head,
+        parts=[[model.backbone.body], [model.backbone.fpn], [model.rpn.head]]
+        + [[heads.box_head, heads.box_predictor], [heads.mask_head, heads.mask_predictor]],
         optimizer=torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4),
         prepare=lambda image, target: (pinned(image.float() / 255), pinned_target(target)),
         losses=lambda batch: model(*train.to_device(*zip(*batch), args.device)),
@@ -193,6 +193,7 @@ def detectron2s(args):
     weights = detector.to_detectron2(own)
     weights = {name: t for name, t in weights.items() if not name.startswith("pixel_")}
     model = golden.detectron2_model(own.config, weights).to(args.device)
+    heads = model.roi_heads
     cfg = golden.detectron2_config(own.config)
     cfg.SOLVER.BASE_LR = RATE
 
@@ -212,8 +213,9 @@ def detectron2s(args):
         return found[0]["instances"].to("cpu").pred_masks
 
     return SimpleNamespace(
-        model=model,
-        mask_head=model.roi_heads.mask_head,
+        model=model,  # its FPN calls the backbone, its mask head computes targets and loss
+        parts=[[model.backbone.bottom_up], [model.backbone], [model.proposal_generator.rpn_head]]
+        + [[heads.box_head, heads.box_predictor], [heads.mask_head]],
         optimizer=build_optimizer(cfg, model),
         prepare=prepare,
         losses=losses,
@@ -226,6 +228,10 @@ SIDES = {"ours": ours, "torchvision": torchvisions, "Detectron2": detectron2s}
 
 def precision(args):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
+
+
+def prepare_all(side, samples):
+    return [side.prepare(image, target) for image, target, _ in samples]
 
 
 def train_step(side, batch, args):
@@ -255,8 +261,8 @@ def choose_samples(dataset, count, sizes):
     def pixels(i):
         return math.prod(data.resize_shape(dataset.heights[i], dataset.widths[i], *sizes))
 
-    landscape = np.flatnonzero(dataset.widths > dataset.heights).tolist()
     samples = []
+    landscape = np.flatnonzero(dataset.widths > dataset.heights).tolist()
     for i in sorted(landscape, key=pixels, reverse=True):
         image, target = dataset.load(i, *sizes)
         if 3 <= len(target["boxes"]) <= 12:
@@ -283,7 +289,7 @@ def with_objects(sample, count):
 
 
 # ------------------------------------------------------------------------------------------------
-# Time, multiply-adds and memory
+# Time, multiply-adds and memory. A row of the table is (title, {side: value}, floor or None)
 # ------------------------------------------------------------------------------------------------
 
 
@@ -291,8 +297,8 @@ def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
-def clock(device):
-    if device.type == "cuda":
+def clock(args):
+    if args.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -303,36 +309,27 @@ def alternate(title, functions, args):
     times = {name: [] for name in functions}
     for _ in range(warmup + args.repeats):
         for name, function in functions.items():
-            start = clock(args.device)
+            start = clock(args)
             function()
-            times[name].append(clock(args.device) - start)
+            times[name].append(clock(args) - start)
     for name, seconds in times.items():
         del seconds[:warmup]
         say(f"{title}: {name}", *(f"{s:.4g}" for s in seconds))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def multiply_adds(model, function):
-    """Multiply-adds while function() runs: of the forward passes, and with the backward ones.
+def train_row(title, sides, samples, args, floor=None):
+    steps = {
+        name: functools.partial(train_step, side, prepare_all(side, samples), args)
+        for name, side in sides.items()
+    }
+    return f"{title}: s", alternate(title, steps, args), floor
 
-    A backward pass computes two gradients, each as much work as the forward pass; of the first
-    layer only one. The last layer of the mask head, under a thousandth of it, is not a module call.
-    """
-    total = collections.Counter()
 
-    def count(module, inputs, output):
-        of = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-        work = of.numel() * module.weight[0].numel()
-        total["forward"] += work
-        total["step"] += (3 if inputs[0].requires_grad else 2) * work
-
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
-    with torch.compiler.set_stance("force_eager"):  # in compiled code hooks come too late
-        function()
-    for hook in hooks:
-        hook.remove()
-    return total
+def inference_row(sides, samples, args, floor=None):
+    runs = {name: functools.partial(inference, side, samples, args) for name, side in sides.items()}
+    times = alternate("inference", runs, args)
+    return "inference: s an image", {k: s / len(samples) for k, s in times.items()}, floor
 
 
 def convolution_rates(args):
@@ -346,20 +343,82 @@ def convolution_rates(args):
         conv = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(args.device, memory_format=layout)
         x = torch.randn(args.batch, 256, *size, device=args.device)
         x = x.to(memory_format=layout).requires_grad_()
-        grad = torch.randn_like(x)
+        work = x.numel() * conv.weight[0].numel()
 
         def forward(conv=conv, x=x):
             with precision(args):
                 return conv(x)
 
-        def step(forward=forward, grad=grad):
-            y = forward()
-            y.backward(grad.to(y.dtype))
+        grad = torch.randn_like(forward())
+
+        def step(forward=forward, inputs=(x, conv.weight), grad=grad):
+            torch.autograd.grad(forward(), inputs, grad)
 
         times = alternate(f"bare convolution, {layout}", {"forward": forward, "step": step}, args)
-        work = multiply_adds(conv, forward)
-        rates |= {name: work[name] / seconds for name, seconds in times.items()}  # the larger
+        rates |= {"forward": work / times["forward"], "step": 3 * work / times["step"]}  # larger
+    say(*(f"{name}: {rate / 1e9:.1f} G multiply-adds a second" for name, rate in rates.items()))
     return rates
+
+
+def multiply_adds(side, function):
+    """Multiply-adds of each of PARTS while function() runs forward; "step": with a backward pass.
+
+    That computes two gradients, each as much work as the forward pass; of the first layer only one.
+    The mask head's last layer, a thousandth of it, is no module call and not counted.
+    """
+    total = collections.Counter()
+
+    def count(part, module, inputs, output):
+        of = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+        work = of.numel() * module.weight[0].numel()
+        total[part] += work
+        total["step"] += (3 if inputs[0].requires_grad else 2) * work
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no hooks
+        for part, modules in zip(PARTS, side.parts):
+            for module in nn.ModuleList(modules).modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                    hook = module.register_forward_hook(functools.partial(count, part))
+                    stack.callback(hook.remove)
+        function()
+    return total
+
+
+def part_times(side, batch, args):
+    """Seconds of each of PARTS in the forward pass of a train step, and of "everything else"."""
+    times, starts = collections.Counter(), {}
+
+    def begin(module, inputs):
+        starts[module] = clock(args)
+
+    def end(part, module, inputs, output):
+        times[part] += clock(args) - starts[module]
+
+    side.model.train()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(precision(args))
+        for part, modules in zip(PARTS, side.parts):
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(begin).remove)
+                stack.callback(module.register_forward_hook(functools.partial(end, part)).remove)
+        start = clock(args)
+        side.losses(batch)
+        whole = clock(args) - start
+    if side.parts[0][0] in side.parts[1][0].modules():  # Detectron2's FPN calls the backbone
+        times["FPN"] -= times["backbone"]
+    return {part: times[part] for part in PARTS} | {"everything else": whole - times.total()}
+
+
+def part_rows(sides, samples, work, rates, args):
+    batches = {name: prepare_all(side, samples) for name, side in sides.items()}
+    found = collections.defaultdict(list)
+    for _ in range(1 + args.repeats):
+        for name, side in sides.items():
+            found[name].append(part_times(side, batches[name], args))
+    for part in (*PARTS, "everything else"):
+        times = {n: statistics.median(t[part] for t in runs[1:]) for n, runs in found.items()}
+        yield f"{part}, forward: s", times, work[part] / rates["forward"] or None
 
 
 def resident(field):
@@ -375,7 +434,7 @@ def measure_memory(name, task, path, args):
     """What a process of its own does: the peak, in MiB, of two train steps or inferences."""
     side = SIDES[name](args)
     samples = torch.load(path)
-    batch = [side.prepare(image, target) for image, target, _ in samples]
+    batch = prepare_all(side, samples)
     if args.device.type == "cpu":
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now
@@ -395,17 +454,27 @@ def memory_row(title, names, task, samples, args):
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/samples.pth"
-        keys = ("boxes", "labels", "masks")
-        samples = [(image, {k: target[k] for k in keys}, size) for image, target, size in samples]
         torch.save(samples, path)
         for name in names:
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, task, path]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 say(done.stderr[-1000:])
-            peaks[name] = math.nan if done.returncode else json.loads(done.stdout.splitlines()[-1])
+            peaks[name] = math.nan if done.returncode else float(done.stdout.split()[-1])
             say(f"{title}: {name} {peaks[name]:.0f}")
     return title, peaks, None
+
+
+def growth_rows(sides, samples, args):
+    objects = (1, 50) if args.quick else (1, 10, 50, 100, 200)
+    images = (1, 2) if args.quick else (1, 2, 4)
+    batch = samples[: args.batch]
+    cases = {f"step with {n} made-up objects an image": (batch, n) for n in objects}
+    cases |= {f"step of {n} real images": (samples[:n], None) for n in images}
+    for title, (chosen, count) in cases.items():
+        chosen = [with_objects(sample, count) if count else sample for sample in chosen]
+        yield train_row(title, sides, chosen, args)
+        yield memory_row(f"{title}: peak MiB", sides, "train", chosen, args)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -451,7 +520,7 @@ def detectron2_loader(dataset, sizes, mask_format):
     return lambda i: mapper(records[dataset.image_ids[i]])
 
 
-def loader_part(dataset, names, args):
+def loader_rows(dataset, names, args):
     training_set = data.TrainingSet(dataset, args.sizes[:1], args.sizes[1])
     loaders = {"ours": lambda i: training_set[i, i]}
     loaders["torchvision"] = torchvision_loader(dataset, args.sizes)
@@ -515,31 +584,27 @@ def detectron2_results(image_id, detections, height, width, category_ids):
     found = Instances((height, width))
     found.pred_boxes = Boxes(detections["boxes"])
     found.scores, found.pred_classes = detections["scores"], detections["labels"] - 1
-    found.pred_masks = paste_masks_in_image(
-        detections["masks"], found.pred_boxes, (height, width), threshold=0.5
-    )
+    found.pred_masks = paste_masks_in_image(detections["masks"], found.pred_boxes, (height, width))
     return instances_to_coco_json(found.to("cpu"), image_id)
 
 
-def paste_part(dataset, names, args):
+def paste_rows(dataset, names, args):
     chosen = range(min(4 if args.quick else 40, len(dataset)))
     ids = [dataset.image_ids[i] for i in chosen]
     found = [made_up_detections(dataset, i) for i in chosen]
     found = [({k: v.to(args.device) for k, v in d.items()}, *size) for d, *size in found]
 
     def results(make):
-        for image_id, detections in zip(ids, found):
-            yield from make(image_id, *detections, dataset.category_ids)
+        pairs = zip(ids, found)
+        return [make(image_id, *one, dataset.category_ids) for image_id, one in pairs]
 
     makers = dict(zip(SIDES, (our_results, torchvision_results, detectron2_results)))
-    functions = {
-        name: functools.partial(lambda f: list(results(f)), makers[name]) for name in names
-    }
+    functions = {name: functools.partial(results, makers[name]) for name in names}
     times = alternate("paste and RLE", functions, args)
     milliseconds = {name: 1000 * s / len(ids) for name, s in times.items()}
     yield "paste and RLE of 100 masks: ms an image", milliseconds, None
 
-    truth, final = dataset.coco_gt(), list(results(our_results))
+    truth, final = dataset.coco_gt(), sum(results(our_results), [])
     subset = SimpleNamespace(image_ids=ids, category_ids=dataset.category_ids)
 
     def score(scorer):
@@ -547,114 +612,14 @@ def paste_part(dataset, names, args):
             for kind in ("bbox", "segm"):
                 evaluate.coco_metrics(truth, final, kind, subset)
 
-    scorers = {"ours": evaluate.COCOeval, "torchvision": pycocotools.cocoeval.COCOeval}
+    functions = {"ours": functools.partial(score, evaluate.COCOeval)}
     if "Detectron2" in names:
-        from detectron2.evaluation.coco_evaluation import COCOeval_opt
+        from detectron2.evaluation.coco_evaluation import COCOeval_opt  # C++, where it is built
 
-        scorers["Detectron2"] = COCOeval_opt  # in C++, where that is built
-    functions = {name: functools.partial(score, scorer) for name, scorer in scorers.items()}
+        functions["Detectron2"] = functools.partial(score, COCOeval_opt)
     times = alternate("COCO's metrics", functions, args)
     seconds = {name: 1000 * s / len(ids) for name, s in times.items()}
     yield "COCO's metrics of boxes and masks: s for 1,000 images", seconds, None
-
-
-# ------------------------------------------------------------------------------------------------
-# The network. A row of the table is (title, {side: value}, seconds of the floor or None)
-# ------------------------------------------------------------------------------------------------
-
-
-def train_row(title, sides, samples, args, floor=None):
-    steps = {}
-    for name, side in sides.items():
-        batch = [side.prepare(image, target) for image, target, _ in samples]
-        steps[name] = functools.partial(train_step, side, batch, args)
-    return f"{title}: s", alternate(title, steps, args), floor
-
-
-def inference_row(sides, samples, args, floor=None):
-    runs = {name: functools.partial(inference, side, samples, args) for name, side in sides.items()}
-    times = alternate("inference", runs, args)
-    return "inference: s an image", {k: s / len(samples) for k, s in times.items()}, floor
-
-
-def growth_part(sides, samples, args):
-    objects = (1, 50) if args.quick else (1, 10, 50, 100, 200)
-    images = (1, 2) if args.quick else (1, 2, 4)
-    cases = {
-        f"step with {n} made-up objects an image": [
-            with_objects(s, n) for s in samples[: args.batch]
-        ]
-        for n in objects
-    }
-    cases |= {f"step of {n} real images": samples[:n] for n in images}
-    for title, chosen in cases.items():
-        yield train_row(title, sides, chosen, args)
-        yield memory_row(f"{title}: peak MiB", sides, "train", chosen, args)
-
-
-def our_parts(model, images, targets, args):
-    """{title: function} of what a train step consists of, forward only; 128 of 512 RoIs are masks.
-
-    Those from "normalize" on have no multiply-adds.
-    """
-    c = model.config
-    tensor, sizes = model.batch(images)
-    levels = model.backbone(tensor)
-    features = model.fpn(levels)
-    maps = model.rpn(features)
-    truth, _, truth_valid = detector.pad_targets(targets, args.device)
-    seeds = detector.sampling_seeds(targets, args.device)
-    boxes, valid = model.rpn.proposals(*maps, sizes)
-    n = c["box_batch_size_per_image"]
-    rois = detector.to_rois(boxes[:, :n], valid[:, :n])
-    n = int(n * c["box_positive_fraction"])
-    mask_rois = detector.to_rois(boxes[:, :n], valid[:, :n])
-    box_input = model.pool(features, rois, c["box_roi_size"])
-    mask_input = model.pool(features, mask_rois, c["mask_roi_size"])
-    ones = torch.ones(len(mask_rois), dtype=torch.int64, device=args.device)
-    return {
-        "backbone": lambda: model.backbone(tensor),
-        "FPN": lambda: model.fpn(levels),
-        "RPN": lambda: model.rpn(features),
-        f"box head, {len(rois)} RoIs": lambda: model.box_heads[0](box_input),
-        f"mask head, {len(mask_rois)} RoIs": lambda: model.mask_head(mask_input, ones),
-        "normalize and pad": lambda: model.batch(images),
-        "RPN losses": lambda: model.rpn.losses(*maps, truth, truth_valid, seeds),
-        "proposals": lambda: model.rpn.proposals(*maps, sizes),
-        "RoIAlign for boxes": lambda: model.pool(features, rois, c["box_roi_size"]),
-        "RoIAlign for masks": lambda: model.pool(features, mask_rois, c["mask_roi_size"]),
-        "mask targets": lambda: detector.mask_targets(targets, mask_rois, 0 * ones, 28),
-    }
-
-
-def floor_part(side, samples, args):
-    """Seconds below which a train step and an inference cannot go, and rows of our parts."""
-    rates = convolution_rates(args)
-    say(*(f"{name}: {rate / 1e9:.1f} G multiply-adds a second" for name, rate in rates.items()))
-    batch = [side.prepare(image, target) for image, target, _ in samples]
-    side.model.train()
-    work = multiply_adds(side.model, lambda: side.losses(batch))
-    floors = {"train": work["step"] / rates["step"], "train, forward": work["forward"]}
-    work = multiply_adds(side.model, lambda: inference(side, samples, args))
-    floors["inference"] = work["forward"] / len(samples) / rates["forward"]
-    rows = []
-    side.model.train()
-    with torch.no_grad(), precision(args):
-        parts = our_parts(side.model, *train.to_device(*zip(*batch), args.device), args)
-        for title, function in parts.items():
-            seconds = multiply_adds(side.model, function)["forward"] / rates["forward"]
-            times = alternate(title, {"ours": function}, args)
-            rows.append((f"our {title}, forward: s", times, seconds or None))
-    return floors, rows
-
-
-def mask_rois(side, samples, args):
-    """How many RoIs the mask head of a side sees in a step."""
-    counts = []
-    hook = side.mask_head.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
-    train_step(side, [side.prepare(image, target) for image, target, _ in samples], args)
-    hook.remove()
-    return sum(counts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -672,7 +637,7 @@ def describe(names, args):
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     if "Detectron2" in names:
         versions += f", Detectron2 {sys.modules['detectron2'].__version__}"
-    number = "bf16 autocast" if args.amp else "fp32" + (" (TF32)" if args.tf32 else "")
+    number = "bf16 autocast" if args.amp else "TF32" if args.tf32 else "fp32"
     extra = ", ours compiled" * args.compile + ", narrow networks" * args.quick
     return (
         f"{datetime.date.today()}, {machine}, {torch.get_num_threads()} threads; {versions}; "
@@ -708,7 +673,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="in COCO's layout; train2017 of it is read")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--parts", default=",".join(PARTS), help="some of these (default), with commas")
+    add("--parts", default=",".join(TASKS), help="some of the above, with commas (all)")
     add("--repeats", type=int, default=5, help="rounds (5)")
     add("--size", type=int, help="shorter side; the longer is at most 1333/800 of it (800)")
     add("--batch", type=int, default=2, help="images of a train step (2)")
@@ -718,9 +683,9 @@ def parse_arguments():
     add("--quick", action="store_true", help="narrow networks, few images, 128 pixels")
     add("--worker", nargs=3, help=argparse.SUPPRESS)  # see memory_row
     args = parser.parse_args()
-    args.parts = args.parts.split(",")
-    if not set(args.parts) <= set(PARTS):
-        parser.error(f"--parts can be {', '.join(PARTS)}")
+    args.parts = set(args.parts.split(","))
+    if not args.parts <= set(TASKS):
+        parser.error(f"--parts can be {', '.join(TASKS)}")
     args.device = torch.device(args.device)
     size = args.size or (128 if args.quick else 800)
     args.sizes = size, round(size * 1333 / 800)
@@ -745,34 +710,40 @@ def main():
     samples = choose_samples(dataset, max(args.batch, 4), args.sizes)
     batch = samples[: args.batch]
     seen = [f"{i.shape[1]}x{i.shape[2]} with {len(t['boxes'])}" for i, t, _ in batch]
-    notes, rows, floors = [f"Images and objects of a step: {', '.join(seen)}."], [], {}
-    if {"train", "inference", "growth", "floor"} & set(args.parts):
+    notes, rows = [f"Images and objects of a step: {', '.join(seen)}."], []
+    train_floor = inference_floor = None
+    if args.parts & {"train", "inference", "growth", "floor"}:
         sides = {name: SIDES[name](args) for name in names}
     if "floor" in args.parts:
-        floors, part_rows = floor_part(sides["ours"], batch, args)
+        rates, own = convolution_rates(args), sides["ours"]
+        own_batch = prepare_all(own, batch)
+        own.model.train()
+        work = multiply_adds(own, lambda: own.losses(own_batch))
+        train_floor = work["step"] / rates["step"]
+        work_inference = multiply_adds(own, lambda: inference(own, batch, args))
+        work_inference = sum(work_inference[part] for part in PARTS) / len(batch)
+        inference_floor = work_inference / rates["forward"]
     if "train" in args.parts:
-        counts = {name: mask_rois(side, batch, args) for name, side in sides.items()}
-        notes.append(f"RoIs in the mask head: {counts}.")
-        title = f"train step of {args.batch} images"
-        rows.append(train_row(title, sides, batch, args, floors.get("train")))
+        rows.append(
+            train_row(f"train step of {args.batch} images", sides, batch, args, train_floor)
+        )
     if "inference" in args.parts:
         counts = {name: inference(side, batch, args) for name, side in sides.items()}
         notes.append(f"Detections: {counts}.")
-        rows.append(inference_row(sides, batch, args, floors.get("inference")))
-    if "floor" in args.parts:
-        rows += part_rows
+        rows.append(inference_row(sides, batch, args, inference_floor))
+    if "floor" in args.parts and not args.compile:
+        rows += part_rows(sides, batch, work, rates, args)
     if "loader" in args.parts:
-        rows += loader_part(dataset, names, args)
+        rows += loader_rows(dataset, names, args)
     if "paste" in args.parts:
-        rows += paste_part(dataset, names, args)
+        rows += paste_rows(dataset, names, args)
     if "memory" in args.parts:
-        without = "" if args.device.type == "cuda" else " beyond the weights"
-        for task, what in (("train", f"step of {args.batch} images"), ("inference", "inference")):
-            rows.append(
-                memory_row(f"peak memory of a {what}{without}: MiB", names, task, batch, args)
-            )
+        what = "peak MiB" if args.device.type == "cuda" else "peak MiB beyond the weights"
+        title = f"train step of {args.batch} images: {what}"
+        rows.append(memory_row(title, names, "train", batch, args))
+        rows.append(memory_row(f"inference: {what}", names, "inference", batch, args))
     if "growth" in args.parts:
-        rows += growth_part(sides, samples, args)
+        rows += growth_rows(sides, samples, args)
     print(f"{describe(names, args)} {' '.join(notes)}\n\n{format_table(rows)}")
 
 

@@ -740,6 +740,11 @@ def test_doctor_counts_and_measures(tmp_path, capsys):
     assert "2 objects (0 crowds), 1 classes: cell 2" in printed
     assert "image_mean=(0.5000, 0.5000, 0.5000), image_std=(0.3000, 0.3000, 0.3000)" in printed
     assert "half below 20" in printed  # 40 pixels at half the size
+    for annotation in annotations:
+        del annotation["segmentation"]
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    assert data.main([str(tmp_path), "--workers", "0"]) == 0
+    assert "boxes only" in capsys.readouterr().out
 
 
 def test_polygons_without_area_are_left_out():

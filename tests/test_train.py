@@ -61,6 +61,11 @@ def test_what_cannot_work_is_refused():
     recipe = RECIPES["r50-gn"]
     with pytest.raises(train.UsageError, match="50,000 .* tail of 60,000"):
         train.check(train.replace(recipe, iterations=50_000), from_random=True)
+    with pytest.raises(train.UsageError, match="warm-up of 500 .* drops at 100"):
+        train.check(train.replace(recipe, iterations=60_100), from_random=True)
+    with pytest.raises(train.UsageError, match="180,000 .* 270,000 .* cascade"):
+        cascade = RECIPES["r50-gn-aug-cascade"]
+        train.check(train.replace(cascade, iterations=180_000), from_random=True)
     with pytest.raises(train.UsageError, match="Frozen BN.*pre-trained"):
         train.check(train.replace(recipe, norm="frozen_bn"), from_random=True)
     with pytest.raises(train.UsageError, match="freeze_at 2.*random"):
