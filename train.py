@@ -432,6 +432,28 @@ def save_checkpoint(path, checkpoint):
         ) from None
 
 
+def milestones(recipe, last):
+    """Iterations whose checkpoints are kept for good; `last` is the run's end.
+
+    Where the rate drops, where shorter schedules leave this one (they share it until their own
+    first drop), the switch to the cascade, the end.
+    """
+    drops = {recipe.iterations - tail for tail in recipe.tails}
+    shorter = range(recipe.one_x, recipe.iterations, recipe.one_x)
+    branches = {iterations - recipe.tails[0] for iterations in shorter}
+    return drops | branches | {recipe.iterations - recipe.cascade_iterations, last}
+
+
+def prune(out, iteration, kept):
+    """Leave the last two checkpoints of a run that is at `iteration`, and those of `kept`."""
+    for path in checkpoints_in(out):
+        if iteration_of(path) > iteration:  # of a smaller batch, before this resume
+            path.rename(path.with_suffix(".replaced"))
+    for path in checkpoints_in(out)[:-2]:
+        if iteration_of(path) not in kept:
+            path.unlink()
+
+
 class Log:
     """OUT/log.jsonl: a line of JSON per logged step and per evaluation. Only rank 0 has one."""
 
@@ -530,6 +552,27 @@ def make_model(recipe, num_classes, cascade=False):
         freeze_at=recipe.freeze_at,
         **recipe.model,
     )
+
+
+def start_model(recipe, run, train_set, device, verbose):
+    """The model and its optimizer as the run starts with them: random, pre-trained or resumed."""
+    cascade = bool(run.resume) and run.resume["model_config"]["cascade"]
+    model = make_model(recipe, len(train_set.classes), cascade)
+    model.data_settings = {
+        "min_size": recipe.test_size,
+        "max_size": recipe.max_size,
+        "classes": train_set.classes,
+        "category_ids": train_set.category_ids,
+    }
+    if run.resume:
+        detector.fill(model, run.resume["model"], [], run.resume["path"], verbose=False)
+    elif run.init != "random":
+        detector.load_weights(model, run.init, verbose)
+    model.to(device).train()
+    optimizer = make_optimizer(model, recipe)
+    if run.resume:
+        set_momentum(model, optimizer, run.resume["momentum"])
+    return model, optimizer
 
 
 def grow_to_cascade(model, optimizer, recipe):
@@ -709,26 +752,12 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
     torch.manual_seed(run.seed)  # the same initial weights on every process
 
     train_set, val_set = make_datasets(recipe, run.data)
-    cascade = bool(run.resume) and run.resume["model_config"]["cascade"]
-    model = make_model(recipe, len(train_set.classes), cascade)
-    model.data_settings = {
-        "min_size": recipe.test_size,
-        "max_size": recipe.max_size,
-        "classes": train_set.classes,
-        "category_ids": train_set.category_ids,
-    }
+    model, optimizer = start_model(recipe, run, train_set, device, verbose=main)
     iteration = first_image = 0
     if run.resume:
         # With another batch size: as many iterations of it as make the images seen so far.
         first_image = run.resume["iteration"] * run.resume["batch_size"]
         iteration = first_image // recipe.batch_size
-        detector.fill(model, run.resume["model"], [], run.resume["path"], verbose=False)
-    elif run.init != "random":
-        detector.load_weights(model, run.init, verbose=main)
-    model.to(device).train()
-    optimizer = make_optimizer(model, recipe)
-    if run.resume:
-        set_momentum(model, optimizer, run.resume["momentum"])
     ddp = wrap(model, device, world_size)
 
     last = recipe.iterations if run.stop is None else min(run.stop, recipe.iterations)
@@ -753,13 +782,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         max_size=recipe.max_size,
     )
 
-    # Kept for good: where the rate drops, where shorter schedules leave this one, the switch to the
-    # cascade and the end. Shorter schedules share this run until their own first drop.
-    milestones = {recipe.iterations - tail for tail in recipe.tails}
-    milestones |= {
-        n * recipe.one_x - recipe.tails[0] for n in range(1, recipe.iterations // recipe.one_x)
-    }
-    milestones |= {recipe.iterations - recipe.cascade_iterations, last}
+    kept = milestones(recipe, last)
 
     def agree_on_buffers():
         """BN's running statistics are each process's own: rank 0's are evaluated and kept."""
@@ -783,12 +806,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         }
         log.sync()
         save_checkpoint(checkpoint_path(out, iteration), checkpoint)
-        for path in checkpoints_in(out):
-            if iteration_of(path) > iteration:  # of a smaller batch, before this resume
-                path.rename(path.with_suffix(".replaced"))
-        for path in checkpoints_in(out)[:-2]:
-            if iteration_of(path) not in milestones:
-                path.unlink()
+        prune(out, iteration, kept)
 
     def evaluate_now():
         metrics = evaluate.evaluate(
@@ -856,7 +874,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
                     bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
 
             due = iteration % recipe.checkpoint_every == 0 or iteration % recipe.eval_every == 0
-            if stop or due or iteration in milestones:  # before an evaluation too: it takes minutes
+            if stop or due or iteration in kept:  # before an evaluation too: it takes minutes
                 alarm.read()
                 agree_on_buffers()
                 if main:
