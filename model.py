@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import batched_nms, roi_align
 
 from norms import make_norm
@@ -264,14 +265,23 @@ class ResNet(Backbone):
             setattr(self, f"res{i + 2}", stage)
             self.channels.append(outputs)
         self.freeze([self.stem, self.res2, self.res3, self.res4, self.res5], freeze_at)
+        # The maps of stem and res2 are a quarter of the memory of a training step and 2 % of its
+        # work: rather than kept, they are computed again in the backward pass. Not with statistics
+        # of the batch, which would then be taken twice.
+        self.recompute = norm in ("gn", "none")
 
     def forward(self, x):  # [B, 3, H, W]
+        if self.training and self.recompute:
+            res2 = checkpoint(self.to_res2, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            res2 = self.to_res2(x)
+        res3 = self.res3(res2)
+        res4 = self.res4(res3)
+        return [res2, res3, res4, self.res5(res4)]
+
+    def to_res2(self, x):
         x = F.max_pool2d(self.stem(x), kernel_size=3, stride=2, padding=1)
-        levels = []
-        for stage in (self.res2, self.res3, self.res4, self.res5):
-            x = stage(x)
-            levels.append(x)
-        return levels
+        return self.res2(x)
 
 
 class VGG16(Backbone):

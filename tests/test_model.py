@@ -263,6 +263,24 @@ def test_backbone_is_torchvisions_with_group_norm(backbone, groups, width):
             torch.testing.assert_close(feature, y)
 
 
+@pytest.mark.parametrize("norm, times", [("gn", 2), ("bn", 1), ("syncbn", 1)])
+def test_the_largest_maps_are_computed_again_only_without_batch_statistics(norm, times):
+    backbone = detector.build_model(norm=norm, **SMALL).backbone.train()
+    x = torch.randn(2, 3, 64, 96)
+    runs = []
+    backbone.res2.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        backbone.zero_grad()
+        sum(level.square().sum() for level in backbone(x)).backward()
+        return [p.grad.clone() for p in backbone.parameters()]
+
+    again = gradients()
+    assert len(runs) == times
+    backbone.recompute = False
+    assert all(torch.equal(a, b) for a, b in zip(again, gradients()))
+
+
 @pytest.mark.parametrize("norm", ["gn", "none"])
 def test_fpn_is_torchvisions(norm):
     torch.manual_seed(0)
