@@ -1189,6 +1189,31 @@ def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+class ToyPatches(Dataset):
+    """Single shapes to classify: to the generated data what ImageNet is to COCO.
+
+    patches[i] -> (uint8 RGB [3, 64, 64], class 0..4), a function of i and of the seed; `count` of
+    them. No image is one of make_toy_coco's.
+    """
+
+    def __init__(self, count, seed=0):
+        self.count = count
+        self.seed = seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng([self.seed, 2, i])  # make_toy_coco's splits have 0 and 1
+        canvas = _toy_background(rng, 64, 64)
+        label = int(rng.integers(len(TOY_CATEGORIES)))
+        placed = []
+        while not placed:
+            _place(rng, canvas, placed, list(TOY_CATEGORIES)[label], rng.uniform(24, 56))
+        canvas = canvas + 4 * rng.standard_normal(canvas.shape, dtype=np.float32)
+        return torch.from_numpy(canvas.clip(0, 255).astype(np.uint8)).permute(2, 0, 1), label
+
+
 # ------------------------------------------------------------------------------------------------
 # The data set's doctor: python data.py DIR
 # ------------------------------------------------------------------------------------------------

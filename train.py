@@ -77,6 +77,7 @@ class Recipe:
     clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
     amp: bool = False  # convolutions and matrix products in bfloat16; not the paper's
 
+    classify: bool = False  # pre-train the backbone on single shapes, the toy's ImageNet
     subset: int | None = None  # how many of the training images are used; None: all
 
     # Images: shorter side (one of these is drawn for each image) and longest side allowed
@@ -173,6 +174,10 @@ TOY = Recipe(
 RECIPES = {
     "toy": TOY,
     "toy-syncbn": replace(TOY, norm="syncbn"),
+    # The backbone alone, classifying shapes; then --init runs/toy-pretrain/checkpoint_0000600.pth
+    "toy-pretrain": replace(
+        TOY, classify=True, iterations=600, batch_size=64, images_per_gpu=64, learning_rate=0.02
+    ),
     "toy-cascade": replace(
         TOY, cascade_iterations=300, model=TOY_MODEL | {"box_class_agnostic": True}
     ),
@@ -894,6 +899,54 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
     return metrics
 
 
+def pretrain(recipe, run, device):
+    """Pre-train the backbone as on ImageNet, on single shapes instead: Figure 1 needs such weights.
+
+    Average pooling and a linear classifier on res5; the checkpoint, for --init, has the backbone.
+    """
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(run.seed)
+    model = make_model(recipe, len(data.TOY_CATEGORIES))
+    classifier = nn.Linear(model.backbone.channels[-1], len(data.TOY_CATEGORIES))
+    network = nn.ModuleDict({"backbone": model.backbone, "classifier": classifier}).to(device)
+    model.to(device).train()
+    optimizer = make_optimizer(network, recipe)
+    last = recipe.iterations if run.stop is None else min(run.stop, recipe.iterations)
+    held_out = 500
+    patches = data.ToyPatches(held_out + last * recipe.batch_size, run.seed)
+
+    def classify(images):  # uint8 [B, 3, 64, 64]
+        features = model.backbone(model.batch(images.to(device))[0])[-1]
+        return classifier(features.mean(dim=(2, 3)))
+
+    batches = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(patches, range(held_out, len(patches))),
+        recipe.batch_size,
+        num_workers=run.workers,
+    )
+    print(f"{run.name}: {last:,} iterations of {recipe.batch_size} single shapes")
+    bar = tqdm(batches, unit="it", dynamic_ncols=True)
+    for iteration, (images, labels) in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(iteration, recipe) * group["rate"]
+        loss = nn.functional.cross_entropy(classify(images), labels.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if iteration % recipe.log_every == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+    model.eval()
+    with torch.no_grad():
+        images, labels = zip(*(patches[i] for i in range(held_out)))
+        right = classify(torch.stack(images)).argmax(dim=1).cpu() == torch.tensor(labels)
+    weights = {n: t for n, t in model.state_dict().items() if n.startswith(("backbone.", "image_"))}
+    checkpoint = {"model_config": model.config, "model": weights, "data": model.data_settings}
+    save_checkpoint(checkpoint_path(out, last), checkpoint)
+    print(f"Accuracy on {held_out} other shapes: {100 * right.float().mean():.1f} %")
+    print(f"Backbone: {checkpoint_path(out, last)}")
+
+
 # ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
@@ -1086,6 +1139,10 @@ def run_command(args):
             f"{run.out} holds a run already ({found[-1].name}); give --resume to continue it, "
             "or another --out."
         )
+    if recipe.classify:
+        if world_size > 1 or args.resume:
+            raise UsageError(f"{run.name} runs in one process and in one go: no --resume.")
+        return pretrain(recipe, run, device)
     if found:
         run.resume = read_checkpoint(found[-1], run)
     elif args.trunk:
