@@ -179,7 +179,7 @@ RECIPES = {
         TOY, classify=True, iterations=600, batch_size=64, images_per_gpu=64, learning_rate=0.02
     ),
     "toy-cascade": replace(
-        TOY, cascade_iterations=300, model=TOY_MODEL | {"box_class_agnostic": True}
+        TOY, cascade_iterations=416, model=TOY_MODEL | {"box_class_agnostic": True}
     ),
     "toy-keypoints": replace(TOY, masks=False, keypoints=17),
     "toy-vgg": replace(
