@@ -226,6 +226,9 @@ def test_a_run_leaves_log_and_checkpoint(whole_run):
     checkpoint = torch.load(train.checkpoints_in(out)[-1], weights_only=True)
     assert checkpoint["iteration"] == STEPS and len(checkpoint["data"]["classes"]) == 5
     assert checkpoint["momentum"].keys() == {n for n in checkpoint["model"] if "image_" not in n}
+    tensors = [*checkpoint["model"].values(), *checkpoint["momentum"].values()]
+    size = train.checkpoints_in(out)[-1].stat().st_size
+    assert size < sum(t.nbytes for t in tensors) + 500 * len(tensors)  # and their names
     assert any((out / "pictures").iterdir())
 
 
