@@ -456,7 +456,8 @@ class CocoDataset(Dataset):
     (x, y, v). COCO's keypoints are indices of pixels: half a pixel makes them coordinates.
 
     training leaves out crowds, boxes without area, and images in which nothing (keypoints: no
-    labelled keypoint) remains, `num_dropped` in number. keypoints: only the category "person".
+    labelled keypoint) remains, `num_dropped` in number, as Detectron does: of train2017's 118,287
+    images 117,266 are left. keypoints: only the category "person".
     subset: keep that many images only (Sec. 5.2), see `choose_subset`.
 
     DataError (here or at dataset[i]) for any problem in the files.
@@ -717,9 +718,9 @@ def average_sample(dataset, min_sizes, max_size):
 # Sampler and loader
 # ------------------------------------------------------------------------------------------------
 
-# Which image comes when, and how it is changed, is a function of (seed, iteration, position in the
-# batch), never the state of a generator. So a run can be resumed at any iteration, with any number
-# of workers, and sees the same images.
+# Which image comes when is a function of the seed and of the place in an endless stream of epochs;
+# how it is changed, of (seed, iteration, position in the batch). Nothing is the state of a
+# generator: a run resumed at any iteration, with any number of workers, sees the same images.
 
 
 class TrainingSet(Dataset):

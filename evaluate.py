@@ -249,7 +249,8 @@ def augmented_detections(model, image, views):
     """Detections of one image [3, H, W] from many Views, as one model call gives them for views[0].
 
     Boxes first: scores and boxes of all views are united before score threshold and NMS. Masks and
-    keypoints are then read for these final boxes, in every view, and averaged. Features are
+    keypoints are then read for these final boxes, in every view, and averaged: masks as
+    probabilities, which become bits only where they are pasted. Features are
     computed anew for that: those of 18 views would not fit into memory, so the time of a second
     pass buys that only one view is held at a time.
     """
@@ -294,7 +295,7 @@ def augmented_detections(model, image, views):
     if with_masks:
         detections["masks"] = masks / len(views)
     if with_keypoints:
-        heatmaps = heatmaps / used[:, None, None, None]
+        heatmaps = heatmaps / used[:, None, None, None]  # never 0: the own size fits every box
         keypoints, keypoint_scores = detector.decode_keypoints(heatmaps, detections["boxes"])
         detections["keypoints"] = keypoints
         detections["keypoints_scores"] = keypoint_scores

@@ -427,7 +427,7 @@ class RPN(nn.Module):
         box_loss = F.smooth_l1_loss(
             take(deltas, index), box_targets, reduction="none", beta=c["rpn_smooth_l1_beta"]
         )
-        denominator = batch_size * len(objectness)
+        denominator = batch_size * len(truth)  # 256 anchors an image, also where fewer were drawn
         return {
             "loss_objectness": (loss * valid).sum() / denominator,
             "loss_rpn_box_reg": (box_loss * positive[..., None]).sum() / denominator,
@@ -467,9 +467,9 @@ def to_rois(boxes, valid=None):
 def pool(features, strides, rois, size, sampling_ratio):
     """RoIAlign over levels: [R, C, size, size] from P2..P5 (or one level) and rois [R, 5].
 
-    An RoI of 224^2 pixels goes to P4, one of half that side to P3, and so on (Eq. 1 of the FPN
-    paper). One call of RoIAlign per level for all images; pixel centres are at half-integers
-    (`aligned`).
+    An RoI of 224^2 pixels, ImageNet's crop, goes to P4, one of half that side to P3, and so on
+    (Eq. 1 of the FPN paper). One call of RoIAlign per level for all images; pixel centres are at
+    half-integers (`aligned`).
     """
 
     def align(feature, rois, stride):
@@ -479,11 +479,12 @@ def pool(features, strides, rois, size, sampling_ratio):
         return align(features[0], rois, strides[0])
     side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
     lowest, highest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
-    level = torch.floor(4 + torch.log2(side / 224 + 1e-8)).clamp(lowest, highest) - lowest
+    level = torch.floor(4 + torch.log2(side / 224 + 1e-8))  # 1e-8: an empty box has no log
+    level = level.clamp(lowest, highest) - lowest
     order = level.argsort(stable=True)
     levels = torch.arange(len(features), device=level.device)
     counts = (level[:, None] == levels).sum(dim=0).tolist()
-    pooled = [align(*level) for level in zip(features, rois[order].split(counts), strides)]
+    pooled = [align(f, r, s) for f, r, s in zip(features, rois[order].split(counts), strides)]
     return torch.cat(pooled)[order.argsort()]
 
 
@@ -698,7 +699,9 @@ class MaskRCNN(nn.Module):
         """Normalize and pad: a list of [3, h, w] to [B, 3, H, W] and the sizes [(h, w), ...].
 
         RGB; uint8, or float in [0, 1]. Padding is zero *after* normalization, on the right and at
-        the bottom, to a multiple of 32: that is why the mean cannot be folded into conv1.
+        the bottom, to a multiple of 32. That is why the mean cannot be folded into a bias of conv1:
+        conv(x - mean) is conv(x) - conv(mean) only where the window does not reach into padding,
+        this one or conv1's own.
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
         h, w = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
@@ -879,7 +882,12 @@ class MaskRCNN(nn.Module):
         return {"loss_keypoint": (loss * valid.flatten()).sum() / valid.sum().clamp(min=1)}
 
     def losses(self, features, sizes, targets):
-        """All losses of a batch, as a dict of scalars (see `forward`)."""
+        """All losses of a batch, as a dict of scalars (see `forward`).
+
+        Each is divided by a number of this process's own; DDP then averages over the processes. The
+        box losses are divided by all samples and not by positive ones alone, so that each sample
+        counts the same, whatever image it is from (Fast R-CNN). All losses have weight 1.
+        """
         device = features[0].device
         padded = pad_targets(targets, device)  # boxes, labels, which are valid
         seeds = sampling_seeds(targets, device)

@@ -76,6 +76,7 @@ class AllReduceSum(torch.autograd.Function):
     Why the backward is an all-reduce too: every process r computes its own loss L_r from the same
     sum s = x_1 + ... + x_R, and what is minimized is the sum of all the losses. So the gradient
     with respect to *any* x_i is d(L_1 + ... + L_R)/ds: the sum of what the processes hold.
+    (DDP then divides every gradient by R, which makes the sum of the losses their mean.)
     """
 
     @staticmethod

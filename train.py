@@ -6,8 +6,8 @@ He, Girshick, Dollar, "Rethinking ImageNet Pre-training" (arXiv 1811.08883), Sec
   torchrun --nproc-per-node 8 train.py --recipe r50-gn --schedule 6x --data coco      the paper's
 
 In reading order: the recipes, the learning rate, the optimizer, checkpoints, the loop, the command
-line. A random initialization differs from a pre-trained one in two things only: a normalization
-that can be trained with small batches (norms.py), and more iterations.
+line. Training from random weights asks for two things: a normalization that works with small
+batches (norms.py; the paper's fine-tuned models have it, too), and more iterations.
 """
 
 import argparse
@@ -51,8 +51,8 @@ class Recipe:
     backbone: str = "resnet50"
     norm: str = "gn"
     masks: bool = True
-    keypoints: int = 0
-    cascade_iterations: int = 0  # the last iterations, in which the model has grown to a cascade
+    keypoints: int = 0  # how many
+    cascade_iterations: int = 0  # so many last iterations as a cascade; 0: none
     model: dict = dataclasses.field(default_factory=dict)  # further arguments of build_model
     freeze_at: int = 0  # with random weights nothing may be frozen
     freeze_at_pretrained: int = 2  # stem and res2, the default of Detectron's GN baselines
@@ -86,9 +86,9 @@ class Recipe:
     test_size: int = 800
 
     # Running it
-    eval_every: int = 30_000
-    checkpoint_every: int = 2_500
-    log_every: int = 20
+    eval_every: int = 30_000  # iterations of batch_size images
+    checkpoint_every: int = 2_500  # the same
+    log_every: int = 20  # iterations of whatever size
 
     paper: str = ""  # the paper's AP, shown by --list
 
@@ -128,11 +128,13 @@ ENHANCED = {
     "iterations": SCHEDULES["9x"],
     "iterations_pretrained": SCHEDULES["6x"],
 }
+# Class-agnostic from the start: the stages of a cascade hand on one box for each RoI, so stage 1
+# must have learnt one to survive the switch.
 CASCADE = {"cascade_iterations": 270_000, "model": {"box_class_agnostic": True}}
 X152 = {"backbone": "resnext152_8x32d", **ENHANCED}
 
-# The whole path in six minutes on two CPU cores: generated shapes and a narrow network, the same
-# code, the same proportions.
+# The whole path in six minutes on two CPU cores: generated shapes and a narrow network through the
+# same code.
 TOY_MODEL = {
     "blocks": (1, 1, 1, 1),
     "stem_width": 32,
@@ -181,7 +183,8 @@ RECIPES = {
     "toy-cascade": replace(
         TOY, cascade_iterations=416, model=TOY_MODEL | {"box_class_agnostic": True}
     ),
-    "toy-keypoints": replace(TOY, masks=False, keypoints=17),
+    # the heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate
+    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
     "toy-vgg": replace(
         TOY,
         backbone="vgg16",
@@ -275,7 +278,8 @@ def scale_to_batch(recipe, batch_size):
 
     The rate is multiplied by batch / recipe's batch, everything that is counted in iterations is
     divided by it, so that the number of images seen stays the same; warm-up is lengthened for
-    smaller batches and kept for larger ones.
+    smaller batches and kept for larger ones (at twice the rate, half as many iterations would be
+    half as gentle). The `_pretrained` fields stay: `make_recipe` has put them in place before.
     """
     ratio = batch_size / recipe.batch_size
 
@@ -336,6 +340,8 @@ def learning_rate(iteration, recipe):
 
     Sec. 4: "we always reduce the learning rate by 10x in the last 60k and last 20k iterations
     respectively, no matter how many total iterations". 6x: 0.02 at 479,999 and 0.002 at 480,000.
+    Long schedules so spend their additional iterations at the full rate. `recipe`: scaled to the
+    batch already.
     """
     rate = recipe.learning_rate
     for tail in recipe.tails:
@@ -350,7 +356,9 @@ def learning_rate(iteration, recipe):
 def make_optimizer(model, recipe):
     """SGD with Detectron's three groups of parameters; "rate" multiplies the learning rate.
 
-    weights: decayed. Gammas of norms: not decayed. Biases and betas: twice the rate, not decayed.
+    weights: decayed. Gammas of norms: not decayed, as that would pull the output of a layer to 0
+    instead of regularizing the convolution before it, whose scale the norm removes. Biases and
+    betas: twice the rate, not decayed. (norms.py's classes derive from these two of torch's.)
     """
     gammas = {m.weight for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm2d))}
     weights, scales, biases = [], [], []
@@ -377,7 +385,7 @@ def make_optimizer(model, recipe):
 
 
 def momentum_of(model, optimizer):
-    """SGD's momentum by parameter name."""
+    """SGD's momentum by parameter name, so that it fits a model that has grown to a cascade."""
     state = optimizer.state
     return {
         name: state[p]["momentum_buffer"]
@@ -452,7 +460,8 @@ def milestones(recipe, last):
 def prune(out, iteration, kept):
     """Leave the last two checkpoints of a run that is at `iteration`, and those of `kept`."""
     for path in checkpoints_in(out):
-        if iteration_of(path) > iteration:  # of a smaller batch, before this resume
+        # Left by a resume with a larger batch: there, the same images are fewer iterations.
+        if iteration_of(path) > iteration:
             path.rename(path.with_suffix(".replaced"))
     for path in checkpoints_in(out)[:-2]:
         if iteration_of(path) not in kept:
@@ -463,9 +472,8 @@ class Log:
     """OUT/log.jsonl: a line of JSON per logged step and per evaluation. Only rank 0 has one."""
 
     def __init__(self, path, images):
-        """Keep the records that the checkpoint after `images` images knows of; others come again.
+        """Keep what was logged before the checkpoint at `images` images; later records come again.
 
-        Those are of later steps, and of an evaluation at that moment: it follows the checkpoint.
         Images, not iterations: those of a run that is resumed with another batch are others.
         """
         self.path = path
@@ -473,7 +481,8 @@ class Log:
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
                 record = json.loads(line)
-                if record["images"] < images + ("loss" in record):
+                is_step = "loss" in record  # before the checkpoint; an evaluation comes after it
+                if record["images"] < images or (is_step and record["images"] == images):
                     kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
@@ -570,7 +579,7 @@ def start_model(recipe, run, train_set, device, verbose):
         "category_ids": train_set.category_ids,
     }
     if run.resume:
-        detector.fill(model, run.resume["model"], [], run.resume["path"], verbose=False)
+        detector.fill(model, run.resume["model"], unused=[], path=run.resume["path"], verbose=False)
     elif run.init != "random":
         detector.load_weights(model, run.init, verbose)
     model.to(device).train()
@@ -697,7 +706,10 @@ def print_header(recipe, run, model, train_set, val_set, world_size, device):
 
 
 def wrap(model, device, world_size):
-    """DDP where there are several processes. Nothing is broadcast: all have the same weights."""
+    """DDP where there are several processes: `backward` averages the gradients over them.
+
+    Nothing is broadcast: all start with the same weights.
+    """
     if world_size == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -713,7 +725,7 @@ class Alarm:
     """What all processes must agree on after a step: is a loss not finite, is the run to stop.
 
     The flags are read one step late, when they have long arrived: waiting for them at once would
-    leave a GPU idle. Nothing is saved before they are read.
+    leave a GPU idle. A bad step does change the weights, but those are never saved or evaluated.
     """
 
     def __init__(self):
@@ -789,6 +801,8 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
 
     kept = milestones(recipe, last)
 
+    # These functions see the iteration and the model of the moment, also after the switch.
+
     def agree_on_buffers():
         """BN's running statistics are each process's own: rank 0's are evaluated and kept."""
         if world_size > 1 and recipe.norm == "bn":
@@ -831,6 +845,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
     progress = tqdm(total=last, initial=iteration, disable=not main, unit="it", dynamic_ncols=True)
     with contextlib.closing(loader), progress as bar:  # whatever happens, no worker stays behind
         while True:
+            # First, so that a run killed while it evaluates comes back here from its checkpoint.
             if iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last):
                 alarm.read()  # never evaluate weights that a loss has ruined
                 agree_on_buffers()
@@ -839,6 +854,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
             if iteration >= last:
                 break
             remaining = recipe.iterations - iteration
+            # (never without a cascade: then cascade_iterations is 0)
             if remaining <= recipe.cascade_iterations and not model.config["cascade"]:
                 model, optimizer = grow_to_cascade(model, optimizer, recipe)
                 ddp = wrap(model, device, world_size)
@@ -850,7 +866,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
                 losses = ddp(images, targets)
             total = sum(losses.values())
-            stop = alarm.read()  # of the step before
+            stop = alarm.read()  # of the step before; a GPU is busy with the forward pass meanwhile
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             if recipe.clip_gradient > 0:
@@ -900,7 +916,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
 
 
 def pretrain(recipe, run, device):
-    """Pre-train the backbone as on ImageNet, on single shapes instead: Figure 1 needs such weights.
+    """Pre-train the backbone as on ImageNet, on single shapes instead, for Figure 1 in miniature.
 
     Average pooling and a linear classifier on res5; the checkpoint, for --init, has the backbone.
     """
@@ -963,13 +979,13 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         description="Train Mask R-CNN from random weights. Without arguments: the recipe toy, on "
         "data that is generated first. Under torchrun: on all the processes that it starts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     # fmt: off
-    add("--recipe", default="toy", metavar="R", help="which experiment; --list shows them")
+    add("--recipe", default="toy", metavar="R", help="which experiment; --list shows them (toy)")
     add("--schedule", metavar="Nx",
-        help="length in units of 90k iterations, 1x to 11x (default: the recipe's)")
+        help="length in units of the recipe's 1x (on COCO 90k iterations), 1x to 11x (default: the "
+        "recipe's)")
     add("--data", metavar="DIR",
         help="folder in COCO's layout: annotations/instances_train2017.json, train2017/, ... "
         "(default: generated data, for the toy recipes)")
@@ -982,8 +998,8 @@ def parse_arguments(arguments):
     add("--freeze-at", type=int, metavar="N",
         help="train nothing in the first N of stem, res2, res3, ... "
         "(default: 0 from random weights, 2 when fine-tuning)")
-    add("--stride-in-1x1", action="store_true",
-        help="bottlenecks with the stride in the first 1x1, as the MSRA weights for --init have it")
+    add("--stride-in-1x1", type=int, choices=(0, 1),
+        help="1: bottlenecks with the stride in the first 1x1, as the MSRA weights for --init (0)")
     add("--amp", action="store_true",
         help="convolutions and matrix products in bfloat16: faster, and not the paper's numbers")
     add("--subset", type=positive, metavar="N",
@@ -991,13 +1007,14 @@ def parse_arguments(arguments):
     add("--images-per-gpu", type=positive, metavar="N",
         help="images per process; the rate and the schedule are scaled with the batch "
         "(default: the recipe's, 2 on COCO)")
-    add("--iterations", type=positive, metavar="N", help="stop after N; never changes the schedule")
+    add("--iterations", type=positive, metavar="N",
+        help="stop after N of this run's iterations; never changes the schedule")
     add("--eval-every", type=positive, metavar="N",
         help="iterations between evaluations (default: the recipe's)")
     add("--workers", type=int, default=2, metavar="N",
-        help="processes that load images, for each GPU")
+        help="processes that load images, for each GPU (2)")
     add("--seed", type=int, default=0, metavar="N",
-        help="of weights, order of images, flips, sampling")
+        help="of weights, order of images, flips, sampling (0)")
     add("--device", metavar="D", help="cuda or cpu (default: cuda if there is one)")
     add("--from", dest="trunk", metavar="DIR",
         help="branch off a longer run of the same recipe: continue its checkpoint from before the "
@@ -1029,8 +1046,8 @@ def make_recipe(args):
         changes["iterations"] = int(args.schedule[:-1]) * recipe.one_x
     if args.amp:
         changes["amp"] = True
-    if args.stride_in_1x1:
-        changes["model"] = recipe.model | {"stride_in_1x1": True}
+    if args.stride_in_1x1 is not None:
+        changes["model"] = recipe.model | {"stride_in_1x1": bool(args.stride_in_1x1)}
     for name in ("norm", "freeze_at", "subset", "images_per_gpu"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
@@ -1093,12 +1110,14 @@ def read_trunk(trunk, run, recipe):
 
 def dry_run(recipe, run):
     """Print the plan of a run, as on as many processes as make the recipe's batch."""
-    world_size = int(os.environ.get("WORLD_SIZE", recipe.batch_size // recipe.images_per_gpu or 1))
+    processes = max(1, recipe.batch_size // recipe.images_per_gpu)
+    world_size = int(os.environ.get("WORLD_SIZE", processes))
     scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     check(scaled, from_random=run.init == "random")
     images, sample = recipe.subset, ()
-    if images is None and recipe.masks and not run.name.startswith("toy"):
-        images = 117_266  # COCO train2017: those with an object that is no crowd
+    if images is None and not recipe.keypoints and not run.name.startswith("toy"):
+        # COCO train2017: those with an object that is no crowd
+        images = None if run.name.endswith("-voc") else 117_266
     if run.data is not None:
         train_set, _ = make_datasets(recipe, run.data)
         images = len(train_set)
@@ -1128,7 +1147,7 @@ def run_command(args):
 
     rank, world_size, device = evaluate.start_processes(args.device)
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
-    check(recipe, from_random=args.init == "random")
+    check(recipe, from_random=args.init == "random")  # again, with the numbers of this batch
     if args.eval_every:
         recipe = replace(recipe, eval_every=args.eval_every)
     found = checkpoints_in(run.out)

@@ -1,7 +1,7 @@
 """Can the detector memorize? R50-FPN GN from random weights, until AP on its own images is high.
 
   python tests/memorize.py --data coco                (8 images at 256 pixels: 2 hours of one core)
-  python tests/memorize.py --data coco --images 80 --size 800 --batch 8 --rois 512 --rate 0.02 --goal 80
+  python tests/memorize.py --data coco --images 80 --goal 80 --size 800 --batch 8 --rois 512
 
 Takes the first images of train2017, by id, that have at least three objects that are no crowds. No
 flips: the images of training are exactly those of the evaluation, which is train.py's. A detector
