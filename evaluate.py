@@ -183,7 +183,7 @@ def to_image(detections, view, height, width):
 TTA_SCALES = (400, 500, 600, 700, 900, 1000, 1100, 1200)  # shorter sides of a model of 800
 TTA_MAX_SIZE = 2000  # longer side at most, of a model of 800
 TTA_VOTE_IOU = 0.9
-TTA_KEYPOINT_SIDE = 150  # pixels; smaller boxes leave out the smaller scales, others the larger
+TTA_KEYPOINT_SIDE = 150  # pixels of the image; smaller boxes leave out the smaller scales
 
 
 def tta_views(height, width, min_size, max_size):
@@ -237,11 +237,11 @@ def keypoint_scale_fits(boxes, image, own, view):
     """Which boxes [N, 4] (in pixels of the View `own`) take keypoints from `view`: [N] of 0 or 1.
 
     Small boxes, measured in the image itself, leave out the views smaller than the model's own,
-    the others leave out the larger ones.
+    the others leave out the larger ones. Unlike the scales, what is small does not depend on the
+    model's own size: neither do the strides of its features, in which a small person blurs.
     """
     in_image = move_boxes(boxes, own, View(*image.shape[-2:]))
-    side = TTA_KEYPOINT_SIDE / 800 * own.scale
-    small = ops.box_area(in_image) < side**2
+    small = ops.box_area(in_image) < TTA_KEYPOINT_SIDE**2
     return torch.where(small, float(view.scale >= own.scale), float(view.scale <= own.scale))
 
 
