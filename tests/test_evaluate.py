@@ -423,7 +423,7 @@ class Seer(nn.Module):
         maps[:, 1, 13:15, 41:43] = 20  # left and right stay what they look like in a mirror
         maps[:, 2, 13:15, 13:15] = 20
         if features[0].shape[0] < 80:
-            maps = 100 * maps.flip(-2)  # wrong in the smaller views, which this small box leaves out
+            maps = 100 * maps.flip(-2)  # wrong in smaller views, which this small box leaves out
         return [maps]
 
     def forward(self, images):
