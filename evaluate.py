@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import math
@@ -898,6 +899,19 @@ def export(weights, output):
     os.replace(temporary, output)
 
 
+def keep_freed_memory():
+    """Have glibc keep what was freed for the next step, instead of giving it back to the system.
+
+    A step on the CPU takes and frees the same gigabytes as the one before; getting them from the
+    kernel, which clears every page, was a third of its time. Where there is no glibc, nothing.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def start_processes(name=None):
     """Rank, number of processes and device of this process; joins those that torchrun started.
 
@@ -919,6 +933,8 @@ def start_processes(name=None):
             raise UsageError(f"there is no CUDA device {index} here; use --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device

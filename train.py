@@ -76,6 +76,7 @@ class Recipe:
     warmup_factor: float = 1 / 3
     clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
     amp: bool = False  # convolutions and matrix products in bfloat16; not the paper's
+    compile: bool = False  # torch.compile, for CUDA: fuses norms, ReLUs and additions
 
     classify: bool = False  # pre-train the backbone on single shapes, the toy's ImageNet
     subset: int | None = None  # how many of the training images are used; None: all
@@ -705,11 +706,20 @@ def print_header(recipe, run, model, train_set, val_set, world_size, device):
     )
 
 
-def wrap(model, device, world_size):
+def compile_parts(model):
+    """torch.compile what has a fixed graph: the parts with convolutions, for images of any size."""
+    heads = [*model.box_heads, *filter(None, [model.mask_head, model.keypoint_head])]
+    for part in filter(None, [model.backbone, model.fpn, *(head.convs for head in heads)]):
+        part.compile(dynamic=True)
+
+
+def wrap(model, recipe, device, world_size):
     """DDP where there are several processes: `backward` averages the gradients over them.
 
     Nothing is broadcast: all start with the same weights.
     """
+    if recipe.compile:
+        compile_parts(model)
     if world_size == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -775,7 +785,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         # With another batch size: as many iterations of it as make the images seen so far.
         first_image = run.resume["iteration"] * run.resume["batch_size"]
         iteration = first_image // recipe.batch_size
-    ddp = wrap(model, device, world_size)
+    ddp = wrap(model, recipe, device, world_size)
 
     last = recipe.iterations if run.stop is None else min(run.stop, recipe.iterations)
     if last < iteration:
@@ -857,7 +867,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
             # (never without a cascade: then cascade_iterations is 0)
             if remaining <= recipe.cascade_iterations and not model.config["cascade"]:
                 model, optimizer = grow_to_cascade(model, optimizer, recipe)
-                ddp = wrap(model, device, world_size)
+                ddp = wrap(model, recipe, device, world_size)
 
             rate = learning_rate(iteration, recipe)
             for group in optimizer.param_groups:
@@ -1002,6 +1012,8 @@ def parse_arguments(arguments):
         help="1: bottlenecks with the stride in the first 1x1, as the MSRA weights for --init (0)")
     add("--amp", action="store_true",
         help="convolutions and matrix products in bfloat16: faster, and not the paper's numbers")
+    add("--compile", action="store_true",
+        help="torch.compile backbone, FPN and heads; for CUDA, the first steps take minutes")
     add("--subset", type=positive, metavar="N",
         help="train on N images only: the same ones on every machine")
     add("--images-per-gpu", type=positive, metavar="N",
@@ -1046,6 +1058,8 @@ def make_recipe(args):
         changes["iterations"] = int(args.schedule[:-1]) * recipe.one_x
     if args.amp:
         changes["amp"] = True
+    if args.compile:
+        changes["compile"] = True
     if args.stride_in_1x1 is not None:
         changes["model"] = recipe.model | {"stride_in_1x1": bool(args.stride_in_1x1)}
     for name in ("norm", "freeze_at", "subset", "images_per_gpu"):

@@ -26,6 +26,7 @@ The table goes to stdout, progress to stderr.
 import argparse
 import collections
 import contextlib
+import ctypes
 import datetime
 import functools
 import math
@@ -99,8 +100,7 @@ def ours(args):
     model = scaled_model(args).to(args.device)
     recipe = replace(train.RECIPES["r50-gn"], learning_rate=RATE)
     if args.compile:
-        model.backbone.compile()
-        model.fpn.compile()
+        train.compile_parts(model)
 
     def detect(image, height, width):
         found = evaluate.detect(model, image, height, width, *args.sizes)
@@ -303,12 +303,29 @@ def clock(args):
     return time.perf_counter()
 
 
+def set_allocator(name, args):
+    """Have malloc behave as in a program that uses this side (the floor: as ours).
+
+    train.py and evaluate.py set it on the CPU (evaluate.keep_freed_memory); the peers have glibc's
+    defaults, which are where its adaptive thresholds end: 32 and 64 MB.
+    """
+    if name not in ("torchvision", "Detectron2") or args.same_malloc:
+        evaluate.keep_freed_memory()
+        return
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)
+        libc.mallopt(-1, 64 * 2**20)
+        libc.malloc_trim(0)
+
+
 def alternate(title, functions, args):
     """Call the functions {side: f} in turn: {side: median seconds}. The first rounds warm up."""
     warmup = 3 if args.device.type == "cuda" else 1
     times = {name: [] for name in functions}
     for _ in range(warmup + args.repeats):
         for name, function in functions.items():
+            set_allocator(name, args)
             start = clock(args)
             function()
             times[name].append(clock(args) - start)
@@ -415,6 +432,7 @@ def part_rows(sides, samples, work, rates, args):
     found = collections.defaultdict(list)
     for _ in range(1 + args.repeats):
         for name, side in sides.items():
+            set_allocator(name, args)
             found[name].append(part_times(side, batches[name], args))
     for part in (*PARTS, "everything else"):
         times = {n: statistics.median(t[part] for t in runs[1:]) for n, runs in found.items()}
@@ -432,6 +450,7 @@ def resident(field):
 
 def measure_memory(name, task, path, args):
     """What a process of its own does: the peak, in MiB, of two train steps or inferences."""
+    set_allocator(name, args)
     side = SIDES[name](args)
     samples = torch.load(path)
     batch = prepare_all(side, samples)
@@ -639,6 +658,7 @@ def describe(names, args):
         versions += f", Detectron2 {sys.modules['detectron2'].__version__}"
     number = "bf16 autocast" if args.amp else "TF32" if args.tf32 else "fp32"
     extra = ", ours compiled" * args.compile + ", narrow networks" * args.quick
+    extra += ", malloc set alike" * args.same_malloc
     return (
         f"{datetime.date.today()}, {machine}, {torch.get_num_threads()} threads; {versions}; "
         f"{number}{extra}; {args.sizes[0]}x{args.sizes[1]}, {args.batch} images a step; medians of "
@@ -679,7 +699,8 @@ def parse_arguments():
     add("--batch", type=int, default=2, help="images of a train step (2)")
     add("--amp", action="store_true", help="bf16 autocast on all sides")
     add("--tf32", action="store_true", help="TF32 on all sides (it is off otherwise)")
-    add("--compile", action="store_true", help="torch.compile, of our backbone and FPN alone")
+    add("--compile", action="store_true", help="our parts compiled, as train.py --compile")
+    add("--same-malloc", action="store_true", help="our setting of malloc for the peers as well")
     add("--quick", action="store_true", help="narrow networks, few images, 128 pixels")
     add("--worker", nargs=3, help=argparse.SUPPRESS)  # see memory_row
     args = parser.parse_args()

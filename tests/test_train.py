@@ -123,7 +123,7 @@ def gradients(model, example):
 
 
 def _ddp_worker(rank, folder):
-    ddp = train.wrap(ddp_model(), torch.device("cpu"), 2)
+    ddp = train.wrap(ddp_model(), train.RECIPES["toy"], torch.device("cpu"), 2)
     torch.save(gradients(ddp, ddp_example(rank)), f"{folder}/{rank}.pth")
 
 

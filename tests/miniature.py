@@ -1,0 +1,142 @@
+"""The paper's effects in miniature, on the generated data: every run of README's "In miniature".
+
+  python tests/miniature.py --out runs/miniature            all of it, then the table
+  python tests/miniature.py --out runs/miniature --jobs 2   two runs at a time, a thread each
+  python tests/miniature.py --out runs/miniature --table    the table of what is there
+
+Each run is a command of train.py, printed before it starts; a run that is complete is not repeated,
+one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one for all.
+
+  Figure 1   random and pre-trained weights, 5x; 3x and 2x branch off the same trunk
+  Sec. 3.1   GN, SyncBN and BN in four processes of one image each; frozen BN, which train.py
+             refuses and this script forces on it
+  Sec. 5.2   25 of the 1,000 images: random weights 3x, pre-trained weights 2x
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+FOUR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+# name: (arguments of train.py, of Python before it, the run whose trunk it branches off)
+RUNS = {
+    "random-5x": ("--schedule 5x --eval-every 250", [], None),
+    "pretrained-5x": ("--schedule 5x --eval-every 250 --init {backbone}", [], None),
+    "random-3x": ("--schedule 3x", [], "random-5x"),
+    "random-2x": ("--schedule 2x", [], "random-5x"),
+    "pretrained-2x": ("--schedule 2x --init {backbone}", [], "pretrained-5x"),
+    "bn-3x": ("--schedule 3x --norm bn --images-per-gpu 1", FOUR, None),
+    "syncbn-3x": ("--schedule 3x --norm syncbn --images-per-gpu 1", FOUR, None),
+    "frozen-bn-1x": ("--schedule 3x --norm frozen_bn --iterations 250", "forced", None),
+    "25-random-3x": ("--schedule 3x --subset 25", [], None),
+    "25-pretrained-2x": ("--schedule 2x --subset 25 --init {backbone}", [], None),
+}
+
+
+def metrics_of(folder):
+    """(bbox AP, mask AP) of the last evaluation in a run's log, and its last iteration."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = [record for record in records if "bbox" in record][-1]
+    return last["bbox"]["AP"], last["segm"]["AP"], last["iteration"]
+
+
+def run(name, seed, out, environment):
+    """One run, if it is not complete; its seconds are added to OUT/seconds.json."""
+    folder = out / f"{name}-seed{seed}"
+    if (folder / "seconds.json").exists():
+        return
+    arguments, before, trunk = RUNS[name]
+    backbone = out / "backbone" / "checkpoint_0000600.pth"
+    command = [sys.executable, *(before if before != "forced" else [])]
+    command += [__file__, "--forced"] if before == "forced" else [str(ROOT / "train.py")]
+    command += arguments.format(backbone=backbone).split()
+    command += ["--seed", str(seed), "--out", str(folder), "--device", "cpu"]
+    command += ["--data", str(out / "toy_coco")]
+    if trunk:
+        command += ["--from", str(out / f"{trunk}-seed{seed}")]
+    if folder.exists():
+        command.append("--resume")
+    print(" ".join(command), flush=True)
+    start = time.perf_counter()
+    with open(out / f"{name}-seed{seed}.log", "a") as log:
+        done = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+    if done.returncode != 0:
+        print(f"{folder} failed with exit code {done.returncode}; see its .log")
+        return
+    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+
+
+def table(out):
+    lines = ["| run | iterations | bbox AP, seeds 0, 1, 2 | mean | mask AP | mean | minutes |"]
+    lines.append("|---" * 7 + "|")
+    for name in RUNS:
+        folders = [out / f"{name}-seed{seed}" for seed in SEEDS]
+        folders = [folder for folder in folders if (folder / "seconds.json").exists()]
+        if not folders:
+            continue
+        found = [metrics_of(folder) for folder in folders]
+        cells = [name, f"{found[0][2]:,}"]
+        for values in zip(*(each[:2] for each in found)):
+            values = [0.0 if value is None else value for value in values]
+            cells += [", ".join(f"{v:.1f}" for v in values), f"{statistics.mean(values):.1f}"]
+        seconds = [json.loads((folder / "seconds.json").read_text()) for folder in folders]
+        cells.append(f"{statistics.mean(seconds) / 60:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    if "--forced" in sys.argv[1:]:
+        sys.argv.remove("--forced")
+        sys.path.insert(0, str(ROOT))
+        import train
+
+        with mock.patch.object(train, "check"):  # which would refuse frozen BN
+            sys.exit(train.main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "miniature")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--only", default="", help="only runs whose name has this in it")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    if not args.table:
+        out = args.out.resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if args.jobs > 1:
+            environment["OMP_NUM_THREADS"] = "1"
+        backbone = out / "backbone"
+        if not list(backbone.glob("checkpoint_*.pth")):
+            command = [sys.executable, str(ROOT / "train.py"), "--recipe", "toy-pretrain"]
+            command += ["--out", str(backbone), "--device", "cpu"]
+            subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        sys.path.insert(0, str(ROOT))
+        import data
+
+        data.make_toy_coco(out / "toy_coco")
+        # trunks before their branches
+        names = [name for name in RUNS if args.only in name]
+        for group in (
+            [name for name in names if RUNS[name][2] is None],
+            [name for name in names if RUNS[name][2]],
+        ):
+            with ThreadPoolExecutor(args.jobs) as pool:
+                for seed in SEEDS:
+                    for name in group:
+                        pool.submit(run, name, seed, out, environment)
+    print(table(args.out))
+
+
+if __name__ == "__main__":
+    main()
