@@ -1075,8 +1075,9 @@ def read_checkpoint(path, run, may_differ=()):
         raise detector.WeightsError(f"{path} is not a checkpoint of train.py.")
     theirs = checkpoint["recipe"] | {"seed": checkpoint["seed"]}
     ours = run.settings | {"name": run.name, "seed": run.seed}
-    # How many processes share a batch is no setting. In JSON, a tuple equals a list.
-    may_differ = {"images_per_gpu", *may_differ}
+    # How many processes share a batch is no setting, nor is how the code is run. In JSON, a tuple
+    # equals a list.
+    may_differ = {"images_per_gpu", "compile", *may_differ}
     compared = [key for key in ours if key not in may_differ]
     differ = [key for key in compared if json.dumps(theirs.get(key)) != json.dumps(ours[key])]
     if differ:

@@ -5,6 +5,10 @@ import contextlib
 import io
 import json
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -631,3 +635,25 @@ def test_export_leaves_the_momentum_out(tmp_path):
     assert evaluate.main(["--weights", full, "--export", small]) == 0
     exported = torch.load(small, weights_only=True)
     assert exported.keys() == {"model_config", "model"} and exported["model"]["w"].sum() == 3
+
+
+KEEPING = """
+import sys, torch, evaluate
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+if sys.argv[1] == "keep":
+    evaluate.start_processes("cpu")
+before = resident()
+x = torch.ones(64, 2**20)  # 256 MB
+del x
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
+@pytest.mark.parametrize("mode, kept", [("keep", True), ("default", False)])
+def test_freed_memory_is_kept_for_the_next_step(mode, kept):
+    root = Path(evaluate.__file__).parent
+    command = [sys.executable, "-c", KEEPING, mode]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert (float(done.stdout) > 200) == kept

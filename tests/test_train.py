@@ -142,6 +142,22 @@ def test_ddp_gradients_are_the_mean_of_the_images_gradients(tmp_path):
             torch.testing.assert_close(gradient, expected, atol=1e-5 * scale, rtol=1e-4, msg=name)
 
 
+@pytest.mark.long
+def test_compiled_parts_give_the_same_gradients():
+    images, targets = ddp_example(0)
+    small = [images[0][:, :48, :80]], [targets[0] | {"masks": targets[0]["masks"][:, :48, :80]}]
+    compiled = ddp_model()
+    train.compile_parts(compiled)
+    for example in (small, (images, targets)):  # two sizes: for the second nothing is specialized
+        compiled.zero_grad()
+        expected, found = gradients(ddp_model(), example), gradients(compiled, example)
+        for name, gradient in found.items():
+            scale = expected[name].abs().max().item()
+            torch.testing.assert_close(
+                gradient, expected[name], atol=1e-4 * scale, rtol=1e-3, msg=name
+            )
+
+
 # -- Whole runs ----------------------------------------------------------------------------------
 
 STEPS = 6
