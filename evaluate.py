@@ -138,7 +138,6 @@ def evaluation_mode(model):
     training = model.training
     model.eval()
     try:
-        # Not inference_mode: what a model caches there could not be used in training afterwards.
         with torch.no_grad():
             yield
     finally:
@@ -251,9 +250,8 @@ def augmented_detections(model, image, views):
 
     Boxes first: scores and boxes of all views are united before score threshold and NMS. Masks and
     keypoints are then read for these final boxes, in every view, and averaged: masks as
-    probabilities, which become bits only where they are pasted. Features are
-    computed anew for that: those of 18 views would not fit into memory, so the time of a second
-    pass buys that only one view is held at a time.
+    probabilities, which become bits only where they are pasted. Features are computed anew for
+    that: those of 18 views would not fit into memory.
     """
     own = views[0]
     scores = []
@@ -350,7 +348,7 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# Metrics: results of all images in COCO's submission format, then AP (Sec. 4: "bbox and mask AP")
+# Metrics: results of all images in COCO's submission format, then AP (Sec. 5: bbox and mask AP)
 # ------------------------------------------------------------------------------------------------
 
 COCO_METRICS = {

@@ -116,6 +116,8 @@ def sampling_seeds(targets, device):
 def random_keys(seeds, n, salt):
     """[B, n] int64 keys in 1..2^32, as a function of (seed of the image, salt, position) alone.
 
+    0 is left to `sample`, for what is no candidate.
+
     A counter-based generator: an integer hash (two rounds of multiply and xor-shift) of the
     position. No state, hence the same on every device, for every number of workers and after a
     resume.
@@ -132,8 +134,9 @@ def sample(labels, batch_size, positive_fraction, seeds, salt):
     """Choose up to `batch_size` candidates per image, at most `positive_fraction` of them positive.
 
     labels: [B, N] int64; > 0 positive, 0 negative, < 0 never chosen. Positives that are missing
-    are made up for by negatives. Returns index [B, S] into N and valid [B, S] bool: static shapes,
-    so nothing waits for the device; an image with few candidates has slots that are not valid.
+    are made up for by negatives. Returns index [B, S] into N and valid [B, S] bool, at most
+    `batch_size` of them True: S has slots for the most positives and for `batch_size` negatives, so
+    that shapes are static and nothing waits for the device.
     """
     keys = random_keys(seeds, labels.shape[1], salt)
     most_positive = min(int(batch_size * positive_fraction), labels.shape[1])
@@ -242,9 +245,10 @@ class Backbone(nn.Module):
 class ResNet(Backbone):
     """ResNet or ResNeXt; returns res2..res5, at strides 4, 8, 16, 32.
 
-    `blocks`: bottlenecks of each of the four stages. `groups` and `width_per_group` are those of
-    res2 (1 and 64 for ResNet; 32 and 8 for ResNeXt 32x8d); widths double from stage to stage.
-    `stem_width` is 64 in every published model; a smaller one narrows the whole network.
+    `blocks`: bottlenecks of each of the four stages. `groups` is the same in all of them,
+    `width_per_group` is res2's and doubles from stage to stage (1 and 64 for ResNet; 32 and 8 for
+    ResNeXt 32x8d). `stem_width`, 64 in every published model, sets the stem and the outputs of the
+    stages, 4, 8, 16 and 32 times it; a narrow network has a smaller `width_per_group` as well.
     """
 
     def __init__(self, blocks, groups, width_per_group, stem_width, norm, freeze_at, stride_in_1x1):
@@ -359,7 +363,7 @@ def make_anchors(shapes, strides, sizes, ratios, device):
 
 
 class RPN(nn.Module):
-    """Region proposal network: objectness and a box for every anchor. No norm here (Sec. 4)."""
+    """Region proposal network: objectness and a box for every anchor. No norm here (Detectron)."""
 
     def __init__(self, config, channels, strides):
         super().__init__()
@@ -748,7 +752,8 @@ class MaskRCNN(nn.Module):
             scores = scores + logits.softmax(dim=1) / len(self.box_heads)
             decoded = decode_boxes(deltas, rois[:, None, 1:], self.box_weights(stage))
             decoded = clip_boxes(decoded, limits)  # [R, K or 1, 4]
-            rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)  # class-agnostic where it matters
+            # for the next stage: a cascade is class-agnostic
+            rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)
         counts = valid.sum(dim=1).tolist()
         return list(zip(scores.split(counts), decoded.split(counts)))
 
@@ -792,7 +797,7 @@ class MaskRCNN(nn.Module):
         labels = labels.masked_fill(~valid, -1)
         batch_size, fraction = c["box_batch_size_per_image"], c["box_positive_fraction"]
         index, chosen = sample(labels, batch_size, fraction, seeds, salt=2)
-        image, slot = chosen.nonzero(as_tuple=True)  # the one place that waits for their number
+        image, slot = chosen.nonzero(as_tuple=True)  # waits for the device: how many?
         index = index[image, slot]
         rois = torch.cat([image[:, None].to(boxes.dtype), boxes[image, index]], dim=1)
         return rois, labels[image, index], matched[image, index]
@@ -815,7 +820,7 @@ class MaskRCNN(nn.Module):
         for stage, head in enumerate(self.box_heads):
             name = f"_{stage + 1}" if stages > 1 else ""
             pooled = self.pool(features, rois, self.config["box_roi_size"])
-            if stages > 1:
+            if stages > 1:  # they share the features (Detectron2)
                 pooled = ScaleGradient.apply(pooled, 1 / stages)
             logits, deltas = head(pooled)
             with torch.no_grad():
@@ -829,7 +834,7 @@ class MaskRCNN(nn.Module):
             loss = F.smooth_l1_loss(
                 chosen, box_targets, reduction="none", beta=self.config["box_smooth_l1_beta"]
             )
-            # Both divide by *all* sampled RoIs; without any, a loss of zero still has a graph.
+            # Without any RoI, a loss of zero still has a graph.
             count = max(len(labels), 1)
             class_loss = F.cross_entropy(logits, labels, reduction="sum")
             losses["loss_classifier" + name] = class_loss / count
@@ -884,9 +889,10 @@ class MaskRCNN(nn.Module):
     def losses(self, features, sizes, targets):
         """All losses of a batch, as a dict of scalars (see `forward`).
 
-        Each is divided by a number of this process's own; DDP then averages over the processes. The
-        box losses are divided by all samples and not by positive ones alone, so that each sample
-        counts the same, whatever image it is from (Fast R-CNN). All losses have weight 1.
+        Divided by: 256 x images (both of the RPN), all sampled RoIs (both of a box head, so that
+        each sample counts the same: Fast R-CNN), foreground RoIs x 28^2 (masks), labelled
+        keypoints. Each is this process's own number; DDP then averages over the processes. All
+        losses have weight 1.
         """
         device = features[0].device
         padded = pad_targets(targets, device)  # boxes, labels, which are valid

@@ -7,11 +7,12 @@ pre-trained model. The paper uses either of two layers that work with small batc
   GroupNorm       statistics of one image only, over groups of channels; no batch involved
   SyncBatchNorm   BN whose statistics come from all GPUs (8 x 2 images)
 
-and compares them with what detectors used before:
+in place of what detectors used before:
 
   FrozenBatchNorm BN turned into a fixed affine map; only makes sense with pre-trained statistics
+  BatchNorm       BN over the images of one GPU: what small batches break
 
-This file imports torch only. Each class can be lifted out as it stands.
+This file imports torch only. Each class can be lifted out, SyncBatchNorm with AllReduceSum.
 """
 
 import torch
@@ -121,15 +122,15 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return self._forward(x, world_size)
 
     def _forward(self, x, world_size):
-        # Each process sends (number of elements, sum, sum of squares) per channel. The squares are
-        # taken around the local mean first and moved to zero in float64: E[x^2] - E[x]^2 in
-        # float32 would lose the variance of channels whose mean is large.
+        # Each process sends the sum and the sum of squares of each channel, and its number of
+        # elements. The squares are summed around the local mean and moved to zero in float64:
+        # E[x^2] - E[x]^2 in float32 would lose the variance of channels whose mean is large.
         n = x.numel() // x.shape[1]
         x32 = x.float()
         local_mean = x32.sum(dim=(0, 2, 3)) / max(n, 1)  # [C]
-        centred = (x32 - local_mean[:, None, None]).square().sum(dim=(0, 2, 3)).double()
+        squares = (x32 - local_mean[:, None, None]).square().sum(dim=(0, 2, 3)).double()
         local_mean = local_mean.double()
-        moments = torch.cat([local_mean * n, centred + local_mean.square() * n])
+        moments = torch.cat([local_mean * n, squares + local_mean.square() * n])
         sums = torch.cat([moments, moments.new_tensor([float(n)])])  # [2C + 1]
         if world_size > 1:
             sums = AllReduceSum.apply(sums, self.process_group)

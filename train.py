@@ -266,21 +266,13 @@ RECIPES = {
 }
 
 
-class Stopped(Exception):
-    """The run ends early and in order; the message says why. `code` is the exit code."""
-
-    def __init__(self, message, code):
-        super().__init__(message)
-        self.code = code
-
-
 def scale_to_batch(recipe, batch_size):
     """The recipe for another batch size, by the linear scaling rule (Goyal et al., 2017).
 
-    The rate is multiplied by batch / recipe's batch, everything that is counted in iterations is
-    divided by it, so that the number of images seen stays the same; warm-up is lengthened for
-    smaller batches and kept for larger ones (at twice the rate, half as many iterations would be
-    half as gentle). The `_pretrained` fields stay: `make_recipe` has put them in place before.
+    The rate is multiplied by batch / recipe's batch and what is counted in iterations is divided by
+    it, so that the number of images seen stays the same. Only the warm-up is never shortened: at
+    twice the rate, half of it would be four times as steep. The `_pretrained` fields stay:
+    `make_recipe` has put them in place before.
     """
     ratio = batch_size / recipe.batch_size
 
@@ -359,22 +351,23 @@ def make_optimizer(model, recipe):
 
     weights: decayed. Gammas of norms: not decayed, as that would pull the output of a layer to 0
     instead of regularizing the convolution before it, whose scale the norm removes. Biases and
-    betas: twice the rate, not decayed. (norms.py's classes derive from these two of torch's.)
+    betas: twice the rate, not decayed.
     """
-    gammas = {m.weight for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm2d))}
-    weights, scales, biases = [], [], []
+    norms = (nn.GroupNorm, nn.BatchNorm2d)  # norms.py's trained layers derive from these two
+    of_norms = {m.weight for m in model.modules() if isinstance(m, norms)}
+    weights, gammas, biases = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.endswith(".bias"):
             biases.append(parameter)
-        elif parameter in gammas:
-            scales.append(parameter)
+        elif parameter in of_norms:
+            gammas.append(parameter)
         else:
             weights.append(parameter)
     groups = [
         {"params": weights, "rate": 1.0, "weight_decay": recipe.weight_decay},
-        {"params": scales, "rate": 1.0, "weight_decay": 0.0},
+        {"params": gammas, "rate": 1.0, "weight_decay": 0.0},
         {"params": biases, "rate": recipe.bias_rate, "weight_decay": 0.0},
     ]
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
@@ -416,6 +409,14 @@ def checkpoints_in(out):
     paths = Path(out).glob("checkpoint_*.pth")
     numbered = [path for path in paths if path.stem.removeprefix("checkpoint_").isdecimal()]
     return sorted(numbered, key=iteration_of)
+
+
+class Stopped(Exception):
+    """The run ends early and in order; the message says why. `code` is the exit code."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
 
 
 def save_checkpoint(path, checkpoint):
@@ -524,6 +525,22 @@ class StopRequest:
     def handle(self, number, frame):
         self.name = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclasses.dataclass
+class Run:
+    """What `train` is told beside the recipe: the command line's settings of one run."""
+
+    name: str  # the recipe's
+    settings: dict  # the recipe, before it was scaled to the batch
+    data: str | None  # folder with the data set
+    out: str  # folder for checkpoints, log and pictures
+    init: str  # "random", or a file of weights
+    seed: int
+    workers: int  # loading processes
+    stop: int | None = None  # end after so many iterations, the schedule unchanged
+    resume: dict | None = None  # the checkpoint to continue from, and its "path"
+    stop_request: StopRequest | None = None
 
 
 def to_device(images, targets, device):
@@ -716,7 +733,7 @@ def compile_parts(model):
 def wrap(model, recipe, device, world_size):
     """DDP where there are several processes: `backward` averages the gradients over them.
 
-    Nothing is broadcast: all start with the same weights.
+    All start with the same weights (DDP makes sure of it); no step broadcasts buffers.
     """
     if recipe.compile:
         compile_parts(model)
@@ -771,8 +788,8 @@ class Alarm:
 def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noqa: B008
     """Train by `recipe`, which is scaled to the batch already; returns the final metrics.
 
-    run: the command line's settings, as `run_command` makes them. Raises data.DataError,
-    model.WeightsError, UsageError and Stopped, each with a sentence for the user.
+    Raises data.DataError, model.WeightsError, UsageError and Stopped, each with a sentence for the
+    user.
     """
     main = rank == 0
     out = Path(run.out)
@@ -1144,8 +1161,7 @@ def dry_run(recipe, run):
 def run_command(args):
     recipe = make_recipe(args)
     check(recipe, from_random=args.init == "random")
-    # What train() is told beside the recipe. settings: the recipe before it is scaled to the batch.
-    run = argparse.Namespace(
+    run = Run(
         name=args.recipe,
         settings=dataclasses.asdict(recipe),
         data=args.data,
@@ -1154,7 +1170,6 @@ def run_command(args):
         seed=args.seed,
         workers=args.workers,
         stop=args.iterations,
-        resume=None,
     )
     if args.dry_run:
         dry_run(recipe, run)

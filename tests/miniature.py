@@ -7,7 +7,7 @@
 Each run is a command of train.py, printed before it starts; a run that is complete is not repeated,
 one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one for all.
 
-  Figure 1   random and pre-trained weights, 5x; 3x and 2x branch off the same trunk
+  Figure 1   random and pre-trained weights, 5x; 2x branches off the same trunk
   Sec. 3.1   GN, SyncBN and BN in four processes of one image each; frozen BN, which train.py
              refuses and this script forces on it
   Sec. 5.2   25 of the 1,000 images: random weights 3x, pre-trained weights 2x
@@ -31,14 +31,13 @@ FOUR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 RUNS = {
     "random-5x": ("--schedule 5x --eval-every 250", [], None),
     "pretrained-5x": ("--schedule 5x --eval-every 250 --init {backbone}", [], None),
-    "random-3x": ("--schedule 3x", [], "random-5x"),
     "random-2x": ("--schedule 2x", [], "random-5x"),
     "pretrained-2x": ("--schedule 2x --init {backbone}", [], "pretrained-5x"),
-    "bn-3x": ("--schedule 3x --norm bn --images-per-gpu 1", FOUR, None),
-    "syncbn-3x": ("--schedule 3x --norm syncbn --images-per-gpu 1", FOUR, None),
-    "frozen-bn-1x": ("--schedule 3x --norm frozen_bn --iterations 250", "forced", None),
     "25-random-3x": ("--schedule 3x --subset 25", [], None),
     "25-pretrained-2x": ("--schedule 2x --subset 25 --init {backbone}", [], None),
+    "bn-2x": ("--schedule 2x --norm bn --images-per-gpu 1", FOUR, None),
+    "syncbn-2x": ("--schedule 2x --norm syncbn --images-per-gpu 1", FOUR, None),
+    "frozen-bn-2x": ("--schedule 2x --norm frozen_bn", "forced", None),
 }
 
 
@@ -128,8 +127,8 @@ def main():
         # trunks before their branches
         names = [name for name in RUNS if args.only in name]
         for group in (
-            [name for name in names if RUNS[name][2] is None],
-            [name for name in names if RUNS[name][2]],
+            [name for name in names if name.endswith("-5x")],
+            [name for name in names if not name.endswith("-5x")],
         ):
             with ThreadPoolExecutor(args.jobs) as pool:
                 for seed in SEEDS:
