@@ -1,5 +1,6 @@
 """README.md: its map names what exists, its links lead somewhere, its pieces of code run."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -39,9 +40,38 @@ def test_the_links_of_the_contents_lead_to_sections():
     assert len(links) > 10 and set(links) <= anchors
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", section("Copy a piece"), re.S))
-def test_pieces_run_as_they_stand(code):
+PIECE = re.compile(r"^\*\*(.+?)\*\*: (.*?)```python\n(.*?)```", re.S | re.M)
+PIECES = PIECE.findall(section("Copy a piece"))
+IMPORTS = {
+    "math": "import math", "torch": "import torch", "torch.nn": "from torch import nn",
+    "torch.nn.functional as F": "import torch.nn.functional as F",
+    "numpy as np": "import numpy as np",
+    "torch.distributed as dist": "import torch.distributed as dist", "torch.utils.data": "",
+    "Sampler": "from torch.utils.data import Sampler", "make_norm": "from norms import make_norm",
+    "batched_nms": "from torchvision.ops import batched_nms",
+    "roi_align": "from torchvision.ops import roi_align",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, text, code", PIECES, ids=[piece[0] for piece in PIECES])
+def test_pieces_run_in_place_and_copied_with_the_imports_that_are_listed(name, text, code):
     exec(compile(code, "README.md", "exec"), {})
+
+    ((file, taken),) = re.findall(r"^from (norms|model|data|train) import (.+)$", code, re.M)
+    definitions, _, imports = text.replace("\n", " ").partition("imports ")
+    imports = re.findall(r"`([^`]+)`", imports.split(". ")[0])
+    source = (ROOT / f"{file}.py").read_text()
+    lines = {}  # of each definition at the top level of the file
+    for node in ast.parse(source).body:
+        names = [node.name] if hasattr(node, "name") else []
+        names += [target.id for target in getattr(node, "targets", ()) if hasattr(target, "id")]
+        lines |= dict.fromkeys(names, ast.get_source_segment(source, node))
+    copied = [word for word in re.findall(r"`(\w+)`", definitions) if word in lines]
+    assert copied == sorted(copied, key=list(lines).index)
+    copied += ["DEFAULTS"] if "DEFAULTS" in taken else []
+    piece = [IMPORTS[word] for word in imports] + [lines[word] for word in copied]
+    own = re.sub(r"^from (norms|model|data|train) import .+$", "", code, flags=re.M)
+    exec(compile("\n".join(piece) + "\n" + own, name, "exec"), {"__name__": "piece"})
 
 
 def test_every_recipe_is_in_the_table_of_the_paper():
