@@ -540,7 +540,7 @@ class Run:
     workers: int  # loading processes
     stop: int | None = None  # end after so many iterations, the schedule unchanged
     resume: dict | None = None  # the checkpoint to continue from, and its "path"
-    stop_request: StopRequest | None = None
+    stop_request: StopRequest = dataclasses.field(default_factory=StopRequest)
 
 
 def to_device(images, targets, device):
@@ -1213,7 +1213,7 @@ def run_command(args):
                 f"The processes do not see the same checkpoints in {run.out}; it must be a folder "
                 "that all machines share."
             )
-    with StopRequest() as run.stop_request:
+    with run.stop_request:
         train(recipe, run, rank, world_size, device)
     if world_size > 1:
         dist.destroy_process_group()

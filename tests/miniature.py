@@ -8,8 +8,8 @@ Each run is a command of train.py, printed before it starts; a run that is compl
 one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one for all.
 
   Figure 1   random and pre-trained weights, 5x; 2x branches off the same trunk
-  Sec. 3.1   GN, SyncBN and BN in four processes of one image each; frozen BN, which train.py
-             refuses and this script forces on it
+  Sec. 3.1   SyncBN and BN in four processes of one image each, 5x and 2x; frozen BN, which
+             train.py refuses and this script forces on it
   Sec. 5.2   25 of the 1,000 images: random weights 3x, pre-trained weights 2x
 """
 
@@ -35,16 +35,25 @@ RUNS = {
     "pretrained-2x": ("--schedule 2x --init {backbone}", [], "pretrained-5x"),
     "25-random-3x": ("--schedule 3x --subset 25", [], None),
     "25-pretrained-2x": ("--schedule 2x --subset 25 --init {backbone}", [], None),
-    "bn-2x": ("--schedule 2x --norm bn --images-per-gpu 1", FOUR, None),
-    "syncbn-2x": ("--schedule 2x --norm syncbn --images-per-gpu 1", FOUR, None),
+    "syncbn-5x": ("--schedule 5x --eval-every 250 --norm syncbn --images-per-gpu 1", FOUR, None),
+    "bn-5x": ("--schedule 5x --eval-every 250 --norm bn --images-per-gpu 1", FOUR, None),
+    "syncbn-2x": ("--schedule 2x --norm syncbn --images-per-gpu 1", FOUR, "syncbn-5x"),
+    "bn-2x": ("--schedule 2x --norm bn --images-per-gpu 1", FOUR, "bn-5x"),
     "frozen-bn-2x": ("--schedule 2x --norm frozen_bn", "forced", None),
 }
 
 
 def metrics_of(folder):
-    """(bbox AP, mask AP) of the last evaluation in a run's log, and its last iteration."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = [record for record in records if "bbox" in record][-1]
+    """(bbox AP, mask AP) of the last evaluation in a run's log, and its last iteration.
+
+    None and None for a run that stopped before its first one.
+    """
+    log = folder / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    evaluations = [record for record in records if "bbox" in record]
+    if not evaluations:
+        return None, None, records[-1]["iteration"] if records else 0
+    last = evaluations[-1]
     return last["bbox"]["AP"], last["segm"]["AP"], last["iteration"]
 
 
@@ -69,8 +78,9 @@ def run(name, seed, out, environment):
     with open(out / f"{name}-seed{seed}.log", "a") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
     if done.returncode != 0:
-        print(f"{folder} failed with exit code {done.returncode}; see its .log")
-        return
+        print(f"{folder} stopped with exit code {done.returncode}; see its .log")
+        if before != "forced":
+            return
     (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
 
 
@@ -85,7 +95,9 @@ def table(out):
         found = [metrics_of(folder) for folder in folders]
         cells = [name, f"{found[0][2]:,}"]
         for values in zip(*(each[:2] for each in found)):
-            values = [0.0 if value is None else value for value in values]
+            if None in values:  # AP of no detection at all, or no evaluation
+                cells += [", ".join("-" if v is None else f"{v:.1f}" for v in values), "-"]
+                continue
             cells += [", ".join(f"{v:.1f}" for v in values), f"{statistics.mean(values):.1f}"]
         seconds = [json.loads((folder / "seconds.json").read_text()) for folder in folders]
         cells.append(f"{statistics.mean(seconds) / 60:.1f}")
@@ -107,6 +119,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "miniature")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--only", default="", help="only runs whose name has this in it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.table:
@@ -131,7 +144,7 @@ def main():
             [name for name in names if not name.endswith("-5x")],
         ):
             with ThreadPoolExecutor(args.jobs) as pool:
-                for seed in SEEDS:
+                for seed in args.seeds:
                     for name in group:
                         pool.submit(run, name, seed, out, environment)
     print(table(args.out))
