@@ -7,7 +7,7 @@
 Each run is a command of train.py, printed before it starts; a run that is complete is not repeated,
 one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one for all.
 
-  Figure 1   random and pre-trained weights, 5x and 10x; 2x branches off the trunk of 5x
+  Figure 1   random and pre-trained weights, 10x; 5x and 2x branch off that trunk
   Sec. 3.1   SyncBN over the batch of four (in one process: on a CPU faster than in four); BN in
              four processes of one image each, 5x and 2x; frozen BN, which train.py refuses and this
              script forces on it
@@ -30,12 +30,12 @@ SEEDS = (0, 1, 2)
 FOUR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 # name: (arguments of train.py, of Python before it, the run whose trunk it branches off)
 RUNS = {
-    "random-5x": ("--schedule 5x --eval-every 250", [], None),
-    "pretrained-5x": ("--schedule 5x --eval-every 250 --init {backbone}", [], None),
     "random-10x": ("--schedule 10x --eval-every 250", [], None),
     "pretrained-10x": ("--schedule 10x --eval-every 250 --init {backbone}", [], None),
-    "random-2x": ("--schedule 2x", [], "random-5x"),
-    "pretrained-2x": ("--schedule 2x --init {backbone}", [], "pretrained-5x"),
+    "random-5x": ("--schedule 5x --eval-every 110", [], "random-10x"),
+    "pretrained-5x": ("--schedule 5x --eval-every 110 --init {backbone}", [], "pretrained-10x"),
+    "random-2x": ("--schedule 2x --eval-every 110", [], "random-10x"),
+    "pretrained-2x": ("--schedule 2x --eval-every 110 --init {backbone}", [], "pretrained-10x"),
     "25-random-3x": ("--schedule 3x --subset 25", [], None),
     "25-pretrained-2x": ("--schedule 2x --subset 25 --init {backbone}", [], None),
     "syncbn-5x": ("--schedule 5x --eval-every 250 --norm syncbn", [], None),
@@ -140,11 +140,11 @@ def main():
         import data
 
         data.make_toy_coco(out / "toy_coco")
-        # trunks before their branches
         names = [name for name in RUNS if args.only in name]
+        trunks = {trunk for _, _, trunk in RUNS.values()}
         for group in (
-            [name for name in names if name.endswith("-5x")],
-            [name for name in names if not name.endswith("-5x")],
+            [name for name in names if name in trunks],
+            [name for name in names if name not in trunks],
         ):
             with ThreadPoolExecutor(args.jobs) as pool:
                 for seed in args.seeds:
