@@ -515,8 +515,7 @@ class CocoDataset(Dataset):
         """What is kept of an annotation: only what dataset[i] needs."""
         kept = {"id": annotation["id"], "label": label, "bbox": annotation["bbox"],
                 "iscrowd": annotation["iscrowd"]}
-        where = (f"{self.annotation_file}: annotation {annotation['id']} of image "
-                 f"{annotation['image_id']}")
+        where = self._where(annotation)
         if self.masks:
             _check("segmentation" in annotation, where, 'has no "segmentation"')
             kept["segmentation"] = annotation["segmentation"]
@@ -529,8 +528,32 @@ class CocoDataset(Dataset):
         return kept
 
     def coco_gt(self):
-        """The annotation file as a pycocotools COCO object, read again, for COCOeval."""
-        return read_coco(self.annotation_file)
+        """The annotation file as a pycocotools COCO object, read again, for COCOeval.
+
+        With what pycocotools trusts to be there: masks are checked, those of polygons that training
+        leaves out are empty, and "num_keypoints" is counted where the file lacks it.
+        """
+        coco = read_coco(self.annotation_file)
+        for annotation in coco.dataset["annotations"]:
+            if annotation["category_id"] not in self.category_ids:
+                continue
+            if self.masks:
+                image = coco.imgs[annotation["image_id"]]
+                size = image["height"], image["width"]
+                where = self._where(annotation)
+                mask = parse_segmentation(annotation["segmentation"], *size, where)
+                if isinstance(mask, list):
+                    empty = {"size": list(size), "counts": [size[0] * size[1]]}
+                    annotation["segmentation"] = [p.tolist() for p in mask] or empty
+            if self.keypoints:
+                labelled = sum(v > 0 for v in annotation["keypoints"][2::3])
+                annotation.setdefault("num_keypoints", labelled)
+        return coco
+
+    def _where(self, annotation):
+        """The beginning of an error about an annotation."""
+        return (f"{self.annotation_file}: annotation {annotation['id']} of image "
+                f"{annotation['image_id']}")
 
     def __len__(self):
         return len(self.image_ids)
@@ -698,6 +721,8 @@ def open_split(root, split, training=False, masks=True, keypoints=False, subset=
         if masks or keypoints:
             raise DataError(f"{root} is a VOC devkit, which has boxes only; use a recipe without "
                             "masks and keypoints, such as r101-gn-voc.")
+        if split not in ("train2017", "val2017"):
+            raise DataError(f"{root} is a VOC devkit, which has no split {split!r}; leave it out.")
         if training:
             return VocDataset(root, [("VOC2007", "trainval"), ("VOC2012", "train")], True, subset)
         return VocDataset(root, [("VOC2012", "val")])
@@ -825,11 +850,12 @@ def _unchanged(batch):
 def leave_signals(_):
     """In a worker: SIGINT and SIGTERM, which also reach it, are the main process's to answer.
 
-    To a SIGTERM a worker gives two minutes, in which its main process ends it in order.
+    To a SIGTERM a worker gives an hour, in which its main process, be it after an evaluation, ends
+    it in order.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows, where SIGTERM cannot be caught
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(3600))
 
 
 def training_loader(dataset, images_per_gpu, seed=0, rank=0, world_size=1, workers=2,

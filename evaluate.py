@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import datetime
 import io
 import json
 import math
@@ -642,14 +643,18 @@ def evaluate(
     if model.config["keypoints"]:
         kinds.append("keypoints")
 
+    truth = None  # read first: what is wrong with it should not be said after hours
+    if rank == 0 and not hasattr(dataset, "voc_truths"):
+        truth = dataset.coco_gt()
     partial = None
     if out is not None:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             # Results of an earlier run must not pass for those of this one, should it be killed.
-            for stale in out.glob("results_*.json*"):
-                stale.unlink()
+            files = [out / f"results_{kind}.json" for kind in RESULT_FIELDS]
+            for stale in (*files, *out.glob("results_partial_*.jsonl")):
+                stale.unlink(missing_ok=True)
         if world_size > 1:
             dist.barrier()
         partial = out / f"results_partial_{rank}.jsonl"
@@ -674,7 +679,6 @@ def evaluate(
         by_image = dict(json.loads(line) for share in shares for line in share)
         # In the data set's order: the files do not depend on the number of processes.
         results = [one for image_id in dataset.image_ids for one in by_image[image_id]]
-        truth = None if hasattr(dataset, "voc_truths") else dataset.coco_gt()
         for kind in kinds:
             others = [field for key, field in RESULT_FIELDS.items() if key != kind]
             chosen = [{k: v for k, v in one.items() if k not in others} for one in results]
@@ -779,7 +783,7 @@ def find_images(paths):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             # Pictures that an earlier run left there are not images to look at.
-            inside = [p for p in inside if not p.stem.endswith("_detections")]
+            inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
             if not inside:
                 raise data.DataError(f"there is no image in the folder {path}")
             found += inside
@@ -892,9 +896,14 @@ def export(weights, output):
         raise detector.WeightsError(f"{weights} is not a checkpoint of train.py.")
     checkpoint.pop("momentum", None)
     temporary = Path(f"{output}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-    os.replace(temporary, output)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(temporary, output)
+    except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"{output} could not be written ({str(error).splitlines()[0]})") from None
 
 
 def keep_freed_memory():
@@ -934,7 +943,9 @@ def start_processes(name=None):
     else:
         keep_freed_memory()
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while rank 0 computes the metrics: for a large data set, long.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return rank, world_size, device
 
 
@@ -959,16 +970,26 @@ def images_command(args, model):
     out = Path(args.out or ".")
     out.mkdir(parents=True, exist_ok=True)
     used = set()
-    for path in find_images(args.images):
+    paths = find_images(args.images)
+    unreadable = 0
+    for path in paths:
+        try:
+            image = data.read_image(path)
+        except data.DataError as error:
+            print(f"evaluate.py: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
         # Never the name of the image itself, nor that of another image's picture.
         name = f"{path.stem}_detections"
         while name in used:
             name += "_"
         used.add(name)
         picture = out / f"{name}.png"
-        detections = save_picture(model, data.read_image(path), picture, args.score, args.tta)
+        detections = save_picture(model, image, picture, args.score, args.tta)
         print(f"{path} -> {picture}")
         print(format_detections(detections, model.data_settings.get("classes"), args.score))
+    if unreadable:
+        raise data.DataError(f"{unreadable} of {len(paths)} images could not be read, see above")
 
 
 def make_parser():

@@ -47,7 +47,7 @@ def pairwise_iou(truth, boxes):
     intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
     areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (t, b)]
     union = torch.add(areas[0], areas[1], out=height).sub_(intersection)
-    return torch.where(intersection > 0, intersection / union, 0)
+    return intersection.div_(union).nan_to_num_(nan=0.0)  # 0 / 0: neither has an area
 
 
 def encode_boxes(truth, boxes, weights):
@@ -93,18 +93,17 @@ def image_limits(sizes, device):
 def pad_targets(targets, device):
     """Targets of a batch as padded tensors: boxes [B, G, 4], labels [B, G], valid [B, G] bool.
 
-    G is at least 1, so that a batch without any object needs no case of its own.
+    G is at least 1, so that a batch without any object needs no case of its own. A box without
+    area is not valid: there is no regression from or to it.
     """
     most = max([1] + [len(t["boxes"]) for t in targets])
     boxes = torch.zeros(len(targets), most, 4, device=device)
     labels = torch.zeros(len(targets), most, dtype=torch.int64, device=device)
-    valid = torch.zeros(len(targets), most, dtype=torch.bool, device=device)
     for i, target in enumerate(targets):
         n = len(target["boxes"])
         boxes[i, :n] = target["boxes"]
         labels[i, :n] = target["labels"]
-        valid[i, :n] = True
-    return boxes, labels, valid
+    return boxes, labels, (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
 def sampling_seeds(targets, device):
@@ -354,7 +353,7 @@ def make_anchors(shapes, strides, sizes, ratios, device):
     anchors = []
     for (h, w), stride, level_sizes in zip(shapes, strides, sizes):
         wh = [(s / math.sqrt(r), s * math.sqrt(r)) for s in level_sizes for r in ratios]
-        half = torch.tensor(wh, device=device) / 2  # [cell, 2]
+        half = torch.tensor(wh).to(device, non_blocking=True) / 2  # [cell, 2]
         y, x = (torch.arange(n, device=device) * stride for n in (h, w))
         y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x, y], dim=-1).view(-1, 1, 2)  # [h * w, 1, 2]
@@ -441,7 +440,8 @@ class RPN(nn.Module):
         """For anchors [A, 4]: index of the best object [B, A], label [B, A]: 1, 0, -1 (ignored).
 
         Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more (Faster R-CNN's
-        "low-quality matches": every object gets an anchor or more). Negative: below 0.3 with all.
+        "low-quality matches"). Such an anchor still regresses to the object that it overlaps most
+        itself, which may be another one (Detectron, Detectron2). Negative: below 0.3 with all.
         """
         iou = pairwise_iou(truth, anchors[None])  # [B, G, A]
         iou.masked_fill_(~truth_valid[..., None], -1)
@@ -565,16 +565,20 @@ def mask_targets(targets, rois, matched, size):
     RoIAlign of the bit mask, then a threshold, like Detectron2's BitMasks.crop_and_resize. rois
     [R, 5] are in order of images; matched [R] is the object's index within its image.
     """
+    boxes = torch.cat([matched[:, None].to(rois.dtype), rois[:, 1:]], dim=1)
     crops = []
-    for i, target in enumerate(targets):
-        here = rois[:, 0] == i
-        masks, index = target["masks"], matched[here]
-        boxes = torch.cat([index[:, None].to(rois.dtype), rois[here, 1:]], dim=1)
+    for target, here in zip(targets, boxes.split(roi_counts(rois, len(targets)))):
+        masks = target["masks"]
         if len(masks) == 0:
             masks = masks.new_zeros(1, *masks.shape[1:])  # no object, hence no RoI either
-        crop = roi_align(masks[:, None].float(), boxes, size, 1.0, 0, aligned=True)
+        crop = roi_align(masks[:, None].float(), here, size, 1.0, 0, aligned=True)
         crops.append(crop[:, 0] >= 0.5)
     return torch.cat(crops).float()
+
+
+def roi_counts(rois, images):
+    """How many of the rois [R, 5] each image has: a list of int; waits for the device."""
+    return (rois[:, 0] == torch.arange(images, device=rois.device)[:, None]).sum(dim=1).tolist()
 
 
 def keypoint_targets(keypoints, boxes, size):
@@ -667,6 +671,16 @@ class MaskRCNN(nn.Module):
                 f"anchor_sizes has {len(c['anchor_sizes'])} levels but the features have "
                 f"{len(strides)}; give one tuple of sizes for each of the strides {strides}."
             )
+        if len({len(sizes) for sizes in c["anchor_sizes"]}) != 1:
+            raise ValueError(
+                f"anchor_sizes {c['anchor_sizes']} has more sizes on one level than on another; "
+                "give each level as many, since all share the RPN's convolutions."
+            )
+        if len(c["cascade_fg_iou_thresh"]) != 2:
+            raise ValueError(
+                f"cascade_fg_iou_thresh {c['cascade_fg_iou_thresh']} needs two values, for stages "
+                "2 and 3; stage 1 has box_fg_iou_thresh."
+            )
         self.rpn = RPN(c, channels, strides)
         stages = 3 if c["cascade"] else 1
         self.box_heads = nn.ModuleList(BoxHead(c, channels, head_norm) for _ in range(stages))
@@ -675,10 +689,12 @@ class MaskRCNN(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialize from nothing: He et al.'s for what feeds a ReLU; Caffe2's Xavier for FPN, fc.
+        """Initialize from nothing: convolutions He et al.'s, FPN and fc layers Caffe2's Xavier.
 
-        Every gamma starts at 1 (zero for the last one of a block, usual in ImageNet training, hurts
-        GN detectors from scratch, notes Detectron2), every bias and beta at 0.
+        That is Detectron2's (Detectron's own backbone had Xavier). The layers that predict start
+        near zero, all but the masks'. Every gamma starts at 1 (zero for the last one of a block,
+        usual in ImageNet training, hurts GN detectors from scratch, notes Detectron2), every bias
+        and beta at 0.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -852,7 +868,7 @@ class MaskRCNN(nn.Module):
         filled = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         rois = torch.cat([rois[:, :1], boxes], dim=1)[filled]
         image = rois[:, 0].long()
-        threshold = self.config["cascade_fg_iou_thresh"][stage + 1]
+        threshold = self.config["cascade_fg_iou_thresh"][stage]
         # Every RoI as an "image" of one box, against the objects of its own image.
         matched, labels = self.match_rois(
             rois[:, None, 1:], truth[image], truth_labels[image], truth_valid[image], threshold
@@ -861,9 +877,10 @@ class MaskRCNN(nn.Module):
 
     def mask_loss(self, features, rois, labels, matched, targets):
         """Cross-entropy of the true class's mask, mean over foreground RoIs and 28 x 28 pixels."""
-        pooled = self.pool(features, rois, self.config["mask_roi_size"])
-        logits = self.mask_head(pooled, labels)
-        truth = mask_targets(targets, rois, matched, logits.shape[-1])
+        size = self.config["mask_roi_size"]
+        # before the head: it waits for the device, which then has little left to do
+        truth = mask_targets(targets, rois, matched, 2 * size)
+        logits = self.mask_head(self.pool(features, rois, size), labels)
         # With no foreground at all the sum is zero but still depends on every parameter of the
         # head, so that the process takes part in all-reduces of SyncBN and of the gradients.
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
@@ -874,9 +891,8 @@ class MaskRCNN(nn.Module):
 
         The RoIs are the foreground of the sampled ones, as in Detectron2; Detectron draws anew.
         """
-        truth = torch.cat(
-            [t["keypoints"][matched[rois[:, 0] == i]] for i, t in enumerate(targets)]
-        ).float()  # rois are in order of images
+        chosen = matched.split(roi_counts(rois, len(targets)))  # rois are in order of images
+        truth = torch.cat([t["keypoints"][index] for t, index in zip(targets, chosen)]).float()
         size = 4 * self.config["keypoint_roi_size"]
         cell, valid = keypoint_targets(truth, rois[:, 1:], size)
         useful = valid.any(dim=1)  # RoIs without a labelled keypoint inside are left out
@@ -972,14 +988,14 @@ DEFAULTS = {
     "anchor_ratios": (0.5, 1.0, 2.0),
     "rpn_pre_nms_top_n_train": 2000,  # per level
     "rpn_pre_nms_top_n_test": 1000,
-    "rpn_post_nms_top_n_train": 1000,  # per image
+    "rpn_post_nms_top_n_train": 1000,  # per image, as in Detectron2; Detectron: 2000 per 2 images
     "rpn_post_nms_top_n_test": 1000,
     "rpn_nms_thresh": 0.7,
     "rpn_fg_iou_thresh": 0.7,
     "rpn_bg_iou_thresh": 0.3,
     "rpn_batch_size_per_image": 256,
     "rpn_positive_fraction": 0.5,
-    "rpn_smooth_l1_beta": 1 / 9,
+    "rpn_smooth_l1_beta": 1 / 9,  # this one and the box head's: Detectron; Detectron2 has 0
     # RoI heads
     "roi_sampling_ratio": 2,  # 0: as many samples as the bin has pixels, as Detectron2's models
     "box_roi_size": 7,
@@ -989,7 +1005,7 @@ DEFAULTS = {
     "box_head_fc_channels": 1024,
     "box_class_agnostic": False,
     "box_fg_iou_thresh": 0.5,
-    "cascade_fg_iou_thresh": (0.5, 0.6, 0.7),  # of the three stages of a cascade
+    "cascade_fg_iou_thresh": (0.6, 0.7),  # of stages 2 and 3; the first has the one above
     "box_batch_size_per_image": 512,
     "box_positive_fraction": 0.25,
     "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),

@@ -102,7 +102,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
     any still joins the all-reduces of the forward and of the backward pass, which would otherwise
     wait for it for ever. With one process this is plain BN over its batch.
 
-    On CUDA, torch's fused kernels compute the same; elsewhere (gloo) the code below does.
+    On CUDA, torch's fused kernels compute the same, but wait for the device once a layer, and let
+    the running statistics decay where no process has any element; elsewhere (gloo) the code below
+    does it.
     """
 
     def __init__(self, channels, eps=1e-5, momentum=0.1, process_group=None):
@@ -156,13 +158,13 @@ class SyncBatchNorm(nn.BatchNorm2d):
         from torch.nn.modules._functions import SyncBatchNorm as fused  # torch's own layer calls it
 
         self.num_batches_tracked += 1
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous()
         group = self.process_group or dist.group.WORLD
-        return fused.apply(
-            x, self.weight, self.bias, self.running_mean, self.running_var,
-            self.eps, self.momentum, group, world_size,
+        # A process without elements sends its zeros in its own dtype; the others send float32.
+        y = fused.apply(
+            x if x.numel() > 0 else x.float(), self.weight, self.bias,
+            self.running_mean, self.running_var, self.eps, self.momentum, group, world_size,
         )  # fmt: skip
+        return y.to(x.dtype)
 
 
 NORMS = {

@@ -14,8 +14,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
+import statistics
 import sys
 import time
 import warnings
@@ -41,6 +43,9 @@ from evaluate import UsageError
 
 # "1x" is 90,000 iterations of 16 images: 12.3 epochs of COCO train2017.
 SCHEDULES = {f"{n}x": n * 90_000 for n in range(1, 12)}
+# train2017, of which a plan without data speaks: images with an object that is no crowd, annotated
+# objects an image, and the commonest height and width.
+COCO_IMAGES, COCO_OBJECTS, COCO_SHAPE = 117_266, 7.3, (480, 640)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Recipe:
 
 
 # Train-time scale augmentation (Sec. 5.1): one of these shorter sides for each image; multiples of
-# 32 as in Detectron. The small data sets of Sec. 5.2 have the wider range.
+# 32 as in Detectron. COCO's subsets (Sec. 5.2) have the wider range.
 AUGMENTED = tuple(range(640, 801, 32))
 AUGMENTED_MORE = tuple(range(512, 801, 32))
 
@@ -604,6 +609,7 @@ def start_model(recipe, run, train_set, device, verbose):
     optimizer = make_optimizer(model, recipe)
     if run.resume:
         set_momentum(model, optimizer, run.resume["momentum"])
+        del run.resume["model"], run.resume["momentum"]  # gigabytes that the run would carry along
     return model, optimizer
 
 
@@ -650,6 +656,9 @@ def describe_schedule(recipe, run, world_size, num_images):
         f"Batch     {world_size} process{'es' if world_size > 1 else ''} x "
         f"{recipe.images_per_gpu} images{scaling}",
     ]
+    if recipe.cascade_iterations:
+        switch = recipe.iterations - recipe.cascade_iterations
+        lines.append(f"Cascade   from iteration {switch:,}")
     counted = {"bn": recipe.images_per_gpu, "syncbn": recipe.batch_size}.get(recipe.norm, 16)
     if counted < 16:
         lines.append(
@@ -663,12 +672,11 @@ def describe_schedule(recipe, run, world_size, num_images):
     return "\n".join(lines)
 
 
-def describe_samples(recipe, objects=7.3, pixels=800 * 1067):
+def describe_samples(recipe, objects, pixels):
     """Figure 2: images, instances and pixels that a run sees, beside pre-training and fine-tuning.
 
-    objects: instances an image; pixels: of a training image as the loader makes it. The defaults
-    are COCO's: 7.3 annotated objects an image; 640 x 480, its commonest size, becomes 800 x 1067.
-    The paper counts every image as 800 x 1333: the last column.
+    objects: instances an image; pixels: of a training image as the loader makes it. The paper
+    counts every image as 800 x 1333: the last column.
     """
 
     def seen(images, objects, pixels, counted):
@@ -676,7 +684,7 @@ def describe_samples(recipe, objects=7.3, pixels=800 * 1067):
 
     # 100 epochs of ImageNet's images, 224 x 224, of one object each
     pre_training = seen(1.28e6 * 100, 1, 224**2, 224**2)
-    fine_tuning = seen(2 * SCHEDULES["1x"] * 16, 7.3, 800 * 1067, 800 * 1333)
+    fine_tuning = seen(2 * SCHEDULES["1x"] * 16, COCO_OBJECTS, 800 * 1067, 800 * 1333)
     rows = {
         "this run": seen(recipe.iterations * recipe.batch_size, objects, pixels, 800 * 1333),
         "ImageNet, 100 epochs": pre_training,
@@ -716,6 +724,11 @@ def print_header(recipe, run, model, train_set, val_set, world_size, device):
                 f"{there['batch_size']} images a batch: the images seen, the rate and the weights "
                 "continue; which images share a batch, and so the weights from here on, are no "
                 "longer those of an undisturbed run"
+            )
+        if there.get("num_images", len(train_set)) != len(train_set):
+            print(
+                f"          written with {there['num_images']:,} training images: the order of all "
+                "images is another one from here on"
             )
     print(
         f"Device    {device}, torch {torch.__version__}, seed {run.seed}; "
@@ -759,22 +772,28 @@ class Alarm:
         self.flags = None
 
     def set(self, iteration, losses, total, targets, stop_requested, world_size):
-        finite = torch.isfinite(total.detach())
-        self.flags = torch.stack([~finite, torch.full_like(finite, stop_requested)]).float()
-        self.own_finite = finite
-        self.step = iteration, {k: v.detach() for k, v in losses.items()}, targets
+        self.own_finite = torch.isfinite(total.detach())
+        stop_requested = torch.full_like(self.own_finite, stop_requested)
+        flags = torch.stack([~self.own_finite, stop_requested]).float()
         if world_size > 1:
-            dist.all_reduce(self.flags, op=dist.ReduceOp.MAX)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        # To pinned memory, with a mark behind it: the next forward pass is not waited for.
+        self.flags = flags.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.current_stream().record_event() if flags.is_cuda else None
+        image_ids = [target.get("image_id") for target in targets]
+        self.step = iteration, {k: v.detach() for k, v in losses.items()}, image_ids
 
     def read(self):
         """Whether to stop; raises Stopped if a loss of the step was not finite on any process."""
         if self.flags is None:
             return False
+        if self.arrived:
+            self.arrived.synchronize()
         not_finite, stop = self.flags.tolist()
         if not_finite and not self.own_finite:
-            iteration, losses, targets = self.step
+            iteration, losses, image_ids = self.step
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            ids = ", ".join(str(target.get("image_id")) for target in targets)
+            ids = ", ".join(map(str, image_ids))
             raise Stopped(
                 f"The loss of step {iteration} is not finite ({values}) on images {ids}; the last "
                 "checkpoint is from before; look at these images, or lower the learning rate.",
@@ -796,6 +815,11 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
     torch.manual_seed(run.seed)  # the same initial weights on every process
 
     train_set, val_set = make_datasets(recipe, run.data)
+    if run.resume and run.resume["data"]["classes"] != train_set.classes:
+        raise UsageError(
+            f"{run.resume['path']} was trained on other classes than those of {run.data}; give the "
+            "same --data, or another --out."
+        )
     model, optimizer = start_model(recipe, run, train_set, device, verbose=main)
     iteration = first_image = 0
     if run.resume:
@@ -827,6 +851,9 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
     )
 
     kept = milestones(recipe, last)
+    if run.resume and run.resume["batch_size"] != recipe.batch_size:
+        # those of the other batch, whose iterations are other ones
+        kept |= {iteration_of(path) for path in checkpoints_in(out)}
 
     # These functions see the iteration and the model of the moment, also after the switch.
 
@@ -846,6 +873,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
             "iteration": iteration,
             "batch_size": recipe.batch_size,
             "world_size": world_size,
+            "num_images": len(train_set),
             "seed": run.seed,
             "versions": {"python": sys.version.split()[0]}
             | {module.__name__: str(module.__version__) for module in (torch, torchvision, np)},
@@ -922,8 +950,8 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
                     bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
 
             due = iteration % recipe.checkpoint_every == 0 or iteration % recipe.eval_every == 0
-            if stop or due or iteration in kept:  # before an evaluation too: it takes minutes
-                alarm.read()
+            if stop or due or iteration in kept:  # before an evaluation too
+                stop = alarm.read() or stop  # now of this step: an evaluation takes minutes
                 agree_on_buffers()
                 if main:
                     save()
@@ -1088,8 +1116,10 @@ def make_recipe(args):
 def read_checkpoint(path, run, may_differ=()):
     """The checkpoint to resume from. Raises UsageError if it is one of another run."""
     _, kind, checkpoint = detector.read_weights(path)
-    if kind != "own":
-        raise detector.WeightsError(f"{path} is not a checkpoint of train.py.")
+    if kind != "own" or "recipe" not in checkpoint:
+        raise detector.WeightsError(
+            f"{path} is not a checkpoint that a run can continue; for its weights alone: --init."
+        )
     theirs = checkpoint["recipe"] | {"seed": checkpoint["seed"]}
     ours = run.settings | {"name": run.name, "seed": run.seed}
     # How many processes share a batch is no setting, nor is how the code is run. In JSON, a tuple
@@ -1146,16 +1176,19 @@ def dry_run(recipe, run):
     world_size = int(os.environ.get("WORLD_SIZE", processes))
     scaled = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     check(scaled, from_random=run.init == "random")
-    images, sample = recipe.subset, ()
-    if images is None and not recipe.keypoints and not run.name.startswith("toy"):
-        # COCO train2017: those with an object that is no crowd
-        images = None if run.name.endswith("-voc") else 117_266
+    images = recipe.subset
+    sample = None
     if run.data is not None:
         train_set, _ = make_datasets(recipe, run.data)
         images = len(train_set)
         sample = data.average_sample(train_set, recipe.min_sizes, recipe.max_size)
+    elif not (recipe.keypoints or run.name.startswith("toy") or run.name.endswith("-voc")):
+        images = images or COCO_IMAGES
+        shapes = [data.resize_shape(*COCO_SHAPE, s, recipe.max_size) for s in recipe.min_sizes]
+        sample = COCO_OBJECTS, statistics.mean(map(math.prod, shapes))
     print(describe_schedule(scaled, run, world_size, images))
-    print(describe_samples(scaled, *sample))
+    if sample:
+        print(describe_samples(scaled, *sample))
 
 
 def run_command(args):
@@ -1181,6 +1214,12 @@ def run_command(args):
     if args.eval_every:
         recipe = replace(recipe, eval_every=args.eval_every)
     found = checkpoints_in(run.out)
+    if recipe.classify:
+        if world_size > 1 or args.resume:
+            raise UsageError(f"{run.name} runs in one process and in one go: no --resume.")
+        if found:
+            raise UsageError(f"{run.out} holds a backbone already ({found[-1].name}): --out.")
+        return pretrain(recipe, run, device)
     # torchrun --max-restarts starts a failed run again with the same arguments.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if found and not args.resume and not restarted:
@@ -1188,10 +1227,6 @@ def run_command(args):
             f"{run.out} holds a run already ({found[-1].name}); give --resume to continue it, "
             "or another --out."
         )
-    if recipe.classify:
-        if world_size > 1 or args.resume:
-            raise UsageError(f"{run.name} runs in one process and in one go: no --resume.")
-        return pretrain(recipe, run, device)
     if found:
         run.resume = read_checkpoint(found[-1], run)
     elif args.trunk:

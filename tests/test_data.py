@@ -796,8 +796,10 @@ def test_voc_boxes_include_their_last_pixel_and_difficult_ones_only_count_for_no
             data.VocDataset(tmp_path, splits)
     with pytest.raises(DataError, match="trainval.txt"):
         data.VocDataset(tmp_path / "nothing", splits)
-    with pytest.raises(DataError, match="boxes only"):
+    with pytest.raises(DataError, match="no split 'test2007'"):
         make_voc(tmp_path, objects, "val", "VOC2012")
+        data.open_split(tmp_path, "test2007", masks=False)
+    with pytest.raises(DataError, match="boxes only"):
         data.open_split(tmp_path, "val2017")
 
 

@@ -225,7 +225,8 @@ def by_hand(annotations, results, kind):
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    return [None if value == -1 else 100 * value for value in scorer.stats[:6]]
+    names = evaluate.COCO_METRICS[kind]
+    return [None if value == -1 else 100 * value for value in scorer.stats[: len(names)]]
 
 
 def test_perfect_detections_have_ap_100(tmp_path):
@@ -245,8 +246,10 @@ def test_metrics_are_those_of_the_written_files(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "results_keypoints.json").write_text("[]")  # of an earlier run
+    (out / "results_2019.json").write_text("[]")  # somebody's own
     metrics = evaluate.evaluate(model, dataset, out, workers=2)
-    assert sorted(p.name for p in out.iterdir()) == ["results_bbox.json", "results_segm.json"]
+    files = ["results_2019.json", "results_bbox.json", "results_segm.json"]
+    assert sorted(p.name for p in out.iterdir()) == files
     for kind in ("bbox", "segm"):
         expected = by_hand(dataset.annotation_file, out / f"results_{kind}.json", kind)
         assert list(metrics[kind].values()) == expected
@@ -306,6 +309,81 @@ def test_keypoints_are_pixel_indices_in_the_file():
     (result,) = evaluate.coco_results(5, detections, 50, 60, [9])
     assert result["keypoints"] == [10.0, 20.0, 1.0] * 17
     assert result["bbox"] == [1.0, 2.0, 30.0, 40.0] and result["category_id"] == 9
+
+
+def test_keypoint_metrics_are_pycocotools(tmp_path):
+    """Also for a file without "num_keypoints", which pycocotools cannot do without."""
+    generator = torch.Generator().manual_seed(3)
+    root = tmp_path / "val2017"
+    root.mkdir()
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
+    perfect, imperfect = {}, {}
+    for image_id in (10, 20, 30):
+        Image.new("RGB", (200, 160), (image_id,) * 3).save(root / f"{image_id}.png")
+        name = {"id": image_id, "file_name": f"{image_id}.png", "width": 200, "height": 160}
+        content["images"].append(name)
+        boxes = torch.tensor([[10.0, 20, 60, 90], [70, 10, 190, 150]])
+        corner, side = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]
+        points = (corner + side * torch.rand(2, 17, 2, generator=generator)).floor()
+        visible = torch.randint(3, (2, 17, 1), generator=generator)
+        for box, xyv in zip(boxes.tolist(), torch.cat([points, visible], dim=2)):
+            xyv[xyv[:, 2] == 0] = 0
+            content["annotations"].append({
+                "id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": 1,
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "iscrowd": 0,
+                "area": (box[2] - box[0]) * (box[3] - box[1]),
+                "keypoints": xyv.flatten().int().tolist(),
+                "num_keypoints": int((xyv[:, 2] > 0).sum()),
+            })  # fmt: skip
+        for found, noise in ((perfect, 0), (imperfect, 8)):
+            moved = points + 0.5 + noise * torch.randn(points.shape, generator=generator)
+            found[image_id] = {
+                "boxes": boxes,
+                "labels": torch.ones(2, dtype=torch.int64),
+                "scores": torch.tensor([0.9, 0.8]),
+                "keypoints": torch.cat([moved, torch.ones(2, 17, 1)], dim=2),
+                "width": 200,
+            }
+    counted = tmp_path / "counted.json"
+    counted.write_text(json.dumps(content))
+    for annotation in content["annotations"]:
+        del annotation["num_keypoints"]
+    uncounted = tmp_path / "uncounted.json"
+    uncounted.write_text(json.dumps(content))
+
+    ap = {}
+    for name, detections in {"perfect": perfect, "imperfect": imperfect}.items():
+        model = Oracle(detections, masks=False, keypoints=17)
+        model.config["num_classes"] = 1
+        model.data_settings = {"min_size": 160, "max_size": 200, "classes": ["person"]}
+        dataset = data.CocoDataset(root, uncounted, masks=False, keypoints=True)
+        metrics = evaluate.evaluate(model, dataset, tmp_path / name, workers=0)
+        ap[name] = metrics["keypoints"]["AP"]
+        written = tmp_path / name / "results_keypoints.json"
+        assert list(metrics["keypoints"].values()) == by_hand(counted, written, "keypoints")
+    assert ap["perfect"] == pytest.approx(100) and 5 < ap["imperfect"] < 95
+
+
+@pytest.mark.parametrize("polygons", [[], [[]], [[1, 2, 3, 4]], [[1, 2, 3, 4], None]])
+def test_polygons_that_training_leaves_out_are_empty_masks(tmp_path, polygons):
+    detections = tiny_coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    whole = content["annotations"][0]["segmentation"]
+    content["annotations"][0]["segmentation"] = [
+        whole[0] if p is None else p for p in polygons
+    ]
+    file.write_text(json.dumps(content))
+    metrics = evaluate.evaluate(Oracle(detections), open_tiny(tmp_path), workers=0)
+    assert metrics["bbox"]["AP"] == pytest.approx(100)
+    assert (metrics["segm"]["AP"] > 99) == (None in polygons)  # a mask that nothing can match
+
+    content["annotations"][0]["segmentation"] = {"size": [96, 120], "counts": [5]}
+    file.write_text(json.dumps(content))
+    model = Oracle(detections)
+    with pytest.raises(data.DataError, match="annotation 1 of image 10"):
+        evaluate.evaluate(model, open_tiny(tmp_path), workers=0)
+    assert model.calls == 0  # said before the work, not after it
 
 
 def test_other_classes_and_unreadable_images_are_one_sentence(tmp_path):
@@ -601,6 +679,23 @@ def test_curves(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     assert evaluate.main(["--plot", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]) == 0
     assert Image.open(tmp_path / "x.png").width > 500
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+
+    def keep_and_save(figure, *arguments, **named):
+        figures.append(figure)
+        save(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", keep_and_save)
+    evaluate.plot([tmp_path / "run"], tmp_path / "x.png")
+    ((ap,), (loss,)) = (axes.lines for axes in figures[0].axes)
+    assert ap.get_xydata().tolist() == [[100, 12]]
+    steps = np.arange(1, 101)
+    np.testing.assert_array_equal(loss.get_xdata(), steps)
+    smoothed = np.convolve(2 / steps, [0.5, 0.5])[1:100]
+    np.testing.assert_allclose(loss.get_ydata()[1:], smoothed)
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -614,16 +709,31 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
     model = Oracle(tiny_coco(tmp_path))
-    monkeypatch.setattr(evaluate.detector, "load_model", lambda path, verbose: model)
+    said = {}
+
+    def load_model(path, verbose, **unsaid):
+        said.update(unsaid)
+        return model
+
+    monkeypatch.setattr(evaluate.detector, "load_model", load_model)
     out = str(tmp_path / "out")
     arguments = ["--weights", "w", "--data", str(tmp_path), "--out", out, "--workers", "0"]
     assert evaluate.main([*arguments, "--per-class"]) == 0
     shown = capsys.readouterr().out
     assert "disc" in shown and "segm" in shown and "100.0" in shown
-    images = [str(tmp_path / "val2017")]
-    assert evaluate.main(["--weights", "w", "--images", *images, "--out", out]) == 0
-    assert "bar" in capsys.readouterr().out
-    assert (tmp_path / "out" / "10_detections.png").exists()
+    assert said == {}
+    folder = tmp_path / "val2017"
+    (folder / "15.png").write_bytes(b"no image")  # the others are looked at all the same
+    for _ in range(2):  # the second time beside the pictures of the first
+        shown = ["--weights", "w", "--images", str(folder), "--out", str(folder)]
+        public = ["--image-mean", "51", "0", "255", "--stride-in-1x1", "0"]
+        assert evaluate.main([*shown, *public, "--roi-sampling-ratio", "0"]) == 1
+        told = capsys.readouterr()
+        assert "bar" in told.out and "15.png" in told.err and "1 of 5 images" in told.err
+    assert len(list(folder.glob("*_detections*.png"))) == 4
+    assert said == {
+        "image_mean": (0.2, 0.0, 1.0), "stride_in_1x1": False, "roi_sampling_ratio": 0
+    }  # fmt: skip
     assert evaluate.main(["--weights", "w", "--data", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

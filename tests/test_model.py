@@ -66,6 +66,19 @@ def make_images(*shapes):
     return [torch.randint(256, (3, *s), generator=g).byte() for s in shapes]
 
 
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"anchor_sizes": ((32,), (64,))}, "2 levels but the features have 5"),
+        ({"anchor_sizes": ((16, 32), (64,), (128,), (256,), (512,))}, "give each level as many"),
+        ({"cascade_fg_iou_thresh": (0.5, 0.6, 0.7)}, "two values"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        small_model(**arguments)
+
+
 # -- Boxes ---------------------------------------------------------------------------------------
 
 
@@ -522,7 +535,9 @@ def without_proposals(model):
 
 
 @pytest.mark.parametrize("proposals", [True, False])
-@pytest.mark.parametrize("objects", ["two empty images", "one empty image", "one-pixel boxes"])
+@pytest.mark.parametrize(
+    "objects", ["two empty images", "one empty image", "one-pixel boxes", "boxes without area"]
+)
 @pytest.mark.parametrize("kind", ["gn", "cascade", "syncbn"])
 def test_odd_batches_train_and_predict(kind, objects, proposals):
     norm = kind if kind != "cascade" else "gn"
@@ -534,6 +549,13 @@ def test_odd_batches_train_and_predict(kind, objects, proposals):
         if objects == "one-pixel boxes":
             boxes = [[3, 4, 4, 5], [50, 60, 51, 61]]
             targets[i] = make_target(boxes, [1, 2], *images[i].shape[-2:])
+        elif objects == "boxes without area":  # of which half the draws would take one as a RoI
+            flat = [[n, 10, n, 20] for n in range(8)]
+            target["boxes"][-1:] = torch.tensor([[30.0, 10, 70, 10]])
+            more = make_target(flat, [1] * 8, *images[i].shape[-2:])
+            targets[i] = {
+                k: v if k == "seed" else torch.cat([v, more[k]]) for k, v in target.items()
+            }
         elif i == 0 or objects == "two empty images":
             targets[i] = {k: v if k == "seed" else v[:0] for k, v in target.items()}
     losses = model.train()(images, targets)

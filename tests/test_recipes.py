@@ -352,3 +352,10 @@ def test_pre_training_gives_a_backbone_to_fine_tune(tmp_path, tiny_coco, monkeyp
     assert not torch.equal(before["backbone.res5.0.conv1.conv.weight"],
                            after["backbone.res5.0.conv1.conv.weight"])  # fmt: skip
     assert train.main(["--recipe", "toy-pretrain", "--resume", *out]) == 2
+    capsys.readouterr()
+    assert train.main(["--recipe", "toy-pretrain", *out]) == 2
+    assert "--resume" not in capsys.readouterr().err  # which it cannot
+    # a backbone is to start from, and no trunk
+    trunk = ["--from", str(tmp_path / "pre"), "--data", str(tiny_coco)]
+    assert train.main([*trunk, "--out", str(tmp_path / "branch")]) == 1
+    assert "--init" in capsys.readouterr().err

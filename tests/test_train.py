@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -262,7 +263,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not(command, whole_run, mo
     out = command.folder / "resumed"
     last = train.checkpoints_in(out)[-1]
     stopped_at = torch.load(last)["iteration"]
-    assert stopped_at == 4  # the flags are read a step late
+    assert stopped_at == 3  # at a checkpoint that is due anyway; else a step later
     monkeypatch.undo()
     # What a killed run may leave: an evaluation that is due again, a later step, half a line.
     with open(out / "log.jsonl", "a") as file:
@@ -319,6 +320,8 @@ def test_resuming_with_another_batch_goes_on_in_images(command, capsys):
     assert "no longer those of an undisturbed run" in capsys.readouterr().out
     last = torch.load(train.checkpoints_in(command.folder / "batch")[-1])
     assert (last["iteration"], last["batch_size"]) == (2 * STEPS, 1)  # as many images in all
+    # the first drop of 6 iterations, kept for good, although 12 have it at 6
+    assert train.checkpoint_path(command.folder / "batch", 3).exists()
     # The other way: the checkpoints of the smaller batch have higher numbers, and must not win.
     assert command("larger", "--images-per-gpu", "1", "--iterations", "8") == 0
     assert command("larger", "--resume", "--iterations", "5") == 0
@@ -326,6 +329,35 @@ def test_resuming_with_another_batch_goes_on_in_images(command, capsys):
     assert (last["iteration"], last["batch_size"]) == (5, 2)
     seen = [r["images"] for r in read_log(command.folder / "larger") if "loss" in r]
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 10]
+
+
+def test_a_signal_before_an_evaluation_is_answered_before_it(command, monkeypatch):
+    rate, evaluation = train.learning_rate, evaluate.evaluate
+    evaluated = []
+
+    def terminated(iteration, recipe):
+        if iteration == 1:  # the step before the evaluation at 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(iteration, recipe)
+
+    monkeypatch.setattr(train, "learning_rate", terminated)
+    monkeypatch.setattr(
+        evaluate, "evaluate", lambda *a, **k: evaluated.append(1) or evaluation(*a, **k)
+    )
+    assert command("signal") == 0
+    out = command.folder / "signal"
+    assert not evaluated and [train.iteration_of(p) for p in train.checkpoints_in(out)] == [2]
+
+
+def test_a_run_is_not_continued_on_other_classes(command, capsys):
+    assert command("classes", "--iterations", "1") == 0
+    other = command.folder / "other"
+    shutil.copytree(command.folder / "coco", other)
+    for file in other.glob("annotations/instances_*.json"):
+        file.write_text(file.read_text().replace('"disk"', '"disc"'))
+    capsys.readouterr()
+    assert command("classes", "--resume", "--data", str(other)) == 2
+    assert "other classes" in capsys.readouterr().err
 
 
 def test_a_cascade_is_switched_and_resumed_on_either_side(command, monkeypatch):
