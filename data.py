@@ -752,13 +752,15 @@ class TrainingSet(Dataset):
     """A dataset as it is trained on: training_set[index, seed] -> (image, target), transformed.
 
     The shorter side is drawn from min_sizes (scale jitter: several), the mirror image with
-    probability 1/2, both by the image's seed, which goes along as target["seed"].
+    probability 1/2 (with flip=False never), both by the image's seed, which goes along as
+    target["seed"].
     """
 
-    def __init__(self, dataset, min_sizes=(800,), max_size=1333):
+    def __init__(self, dataset, min_sizes=(800,), max_size=1333, flip=True):
         self.dataset = dataset
         self.min_sizes = tuple(min_sizes)
         self.max_size = max_size
+        self.flip = flip
 
     def __len__(self):
         return len(self.dataset)
@@ -767,7 +769,7 @@ class TrainingSet(Dataset):
         index, seed = key
         # Hashed once more, so that whatever else the seed decides is independent of these draws.
         min_size = self.min_sizes[image_seed(seed, 0, 0) % len(self.min_sizes)]
-        flip = image_seed(seed, 0, 1) % 2 == 1
+        flip = self.flip and image_seed(seed, 0, 1) % 2 == 1
         image, target = self.dataset.load(index, min_size, self.max_size, flip)
         target["seed"] = seed
         return image, target
@@ -859,8 +861,8 @@ def leave_signals(_):
 
 
 def training_loader(dataset, images_per_gpu, seed=0, rank=0, world_size=1, workers=2,
-                    start_iteration=0, min_sizes=(800,), max_size=1333, first_image=None,
-                    start_method=None):
+                    start_iteration=0, min_sizes=(800,), max_size=1333, flip=True,
+                    first_image=None, start_method=None):
     """An endless iterator over this process's batches, decoded ahead by worker processes.
 
     Yields (images, targets): a list of uint8 tensors [3, h, w] and a list of dicts, as TrainingSet.
@@ -868,7 +870,7 @@ def training_loader(dataset, images_per_gpu, seed=0, rank=0, world_size=1, worke
     DataError, in this process, for what a worker could not read.
     """
     loader = DataLoader(
-        _Batches(TrainingSet(dataset, min_sizes, max_size)),
+        _Batches(TrainingSet(dataset, min_sizes, max_size, flip)),
         batch_size=None,  # the sampler's keys are whole batches
         sampler=BatchSampler(dataset, images_per_gpu, seed, rank, world_size, start_iteration,
                              first_image),

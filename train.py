@@ -90,6 +90,7 @@ class Recipe:
     min_sizes: tuple = (800,)
     max_size: int = 1333
     test_size: int = 800
+    flip: bool = True  # the mirror image, with probability 1/2
 
     # Running it
     eval_every: int = 30_000  # iterations of batch_size images
@@ -848,6 +849,7 @@ def train(recipe, run, rank=0, world_size=1, device=torch.device("cpu")):  # noq
         first_image=first_image,
         min_sizes=recipe.min_sizes,
         max_size=recipe.max_size,
+        flip=recipe.flip,
     )
 
     kept = milestones(recipe, last)

@@ -516,6 +516,8 @@ def test_training_set_draws_by_the_seed(toy):
     flips = [not torch.equal(image, straight) for image, _ in drawn if min(image.shape[1:]) == 64]
     assert 0.2 < np.mean(flips) < 0.8
     assert drawn[5][1]["seed"] == 5
+    unflipped = TrainingSet(dataset, min_sizes=(64,), max_size=1000, flip=False)
+    assert all(torch.equal(unflipped[0, seed][0], straight) for seed in range(10))
     assert torch.equal(drawn[5][0], training_set[0, 5][0])
 
 
