@@ -276,7 +276,7 @@ def test_sigterm_to_one_process_stops_both_with_exit_code_0(launcher, tmp_path, 
     out = tmp_path / "out"
     codes = launcher.run(out, world_size=2, fault="sigterm:11:1")
     assert codes == [0, 0]
-    assert train.iteration_of(train.checkpoints_in(out)[-1]) == 13
+    assert train.iteration_of(train.checkpoints_in(out)[-1]) == 12  # which is due anyway
     assert launcher.run(out, world_size=2) == [0, 0]
     check_same_ending(out, undisturbed)
 

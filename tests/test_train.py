@@ -144,7 +144,13 @@ def test_ddp_gradients_are_the_mean_of_the_images_gradients(tmp_path):
 
 
 @pytest.mark.long
-def test_compiled_parts_give_the_same_gradients():
+def test_compiled_parts_give_the_same_gradients(monkeypatch):
+    def proposals(self, objectness, deltas, anchors, sizes):
+        # fixed ones: NMS may decide otherwise on scores that are equal up to rounding
+        corner = torch.rand(len(sizes), 20, 2, generator=torch.Generator().manual_seed(1)) * 30
+        return torch.cat([corner, corner + 17], dim=2), torch.ones(len(sizes), 20, dtype=torch.bool)
+
+    monkeypatch.setattr(detector.RPN, "proposals", proposals)
     images, targets = ddp_example(0)
     small = [images[0][:, :48, :80]], [targets[0] | {"masks": targets[0]["masks"][:, :48, :80]}]
     compiled = ddp_model()
@@ -155,7 +161,7 @@ def test_compiled_parts_give_the_same_gradients():
         for name, gradient in found.items():
             scale = expected[name].abs().max().item()
             torch.testing.assert_close(
-                gradient, expected[name], atol=1e-4 * scale, rtol=1e-3, msg=name
+                gradient, expected[name], atol=3e-5 * scale, rtol=1e-4, msg=name
             )
 
 
