@@ -101,6 +101,14 @@ def ending(out):
     return last.name, torch.load(last, weights_only=True), read_log(out), results
 
 
+def wait_for_log(out, records):
+    """Until the run's log has so many records, but not for ever: the run may have died at once."""
+    end = time.monotonic() + 2 * LIMIT
+    while not (out / "log.jsonl").exists() or len(read_log(out)) < records:
+        assert time.monotonic() < end, f"{out} has no {records} records yet"
+        time.sleep(0.05)
+
+
 def check_same_ending(out, expected):
     for ours, theirs in zip(ending(out), expected):
         assert same(ours, theirs)
@@ -160,8 +168,7 @@ def test_fifty_kills(launcher, tmp_path, world_size):
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
 def test_loading_processes_end_with_the_one_that_is_killed(launcher, tmp_path):
     (process,) = launcher.start(tmp_path / "out", workers=2)
-    while not (tmp_path / "out" / "log.jsonl").exists() or not read_log(tmp_path / "out"):
-        time.sleep(0.05)
+    wait_for_log(tmp_path / "out", 1)
     _, workers = memory(process.pid)
     assert len(workers) >= 2
     process.kill()
@@ -173,8 +180,7 @@ def test_loading_processes_end_with_the_one_that_is_killed(launcher, tmp_path):
 
 def test_when_one_of_two_processes_is_killed_the_other_ends(launcher, tmp_path):
     processes = launcher.start(tmp_path / "out", world_size=2, workers=2)
-    while not (tmp_path / "out" / "log.jsonl").exists() or len(read_log(tmp_path / "out")) < 3:
-        time.sleep(0.05)
+    wait_for_log(tmp_path / "out", 3)
     processes[1].kill()
     assert wait(processes, 30) == [1, -signal.SIGKILL]
 
@@ -257,8 +263,7 @@ TWO = ("--standalone", "--nproc-per-node", "2")
 def test_sigterm_to_torchrun(coco, tmp_path, undisturbed):
     out = tmp_path / "out"
     run = torchrun(coco, out, *TWO)
-    while not (out / "log.jsonl").exists() or len(read_log(out)) < 5:
-        time.sleep(0.05)
+    wait_for_log(out, 5)
     at = read_log(out)[-1]["iteration"]
     run.terminate()  # the launcher passes it on to the processes
     text, _ = run.communicate(timeout=LIMIT)
