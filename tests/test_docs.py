@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
 from PIL import Image
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -341,7 +340,7 @@ PIECES = re.findall(
 
 
 def needs(path, names):
-    """What a file's definitions need of the file: its source, in order; and the imports, by name."""
+    """What definitions of a file need of it: {name: source} in order, and {import: its line}."""
     source = path.read_text()
     defined, imported = {}, {}
     for node in ast.parse(source).body:
