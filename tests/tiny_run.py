@@ -1,4 +1,4 @@
-"""train.py with a recipe of a few seconds, and with a fault: what test_faults.py has killed.
+"""The one tiny recipe of all tests, and train.py with it and a fault: what test_faults.py has killed.
 
   FAULT=write:3 python tests/tiny_run.py --data DIR --out OUT [arguments of train.py]
 
@@ -9,7 +9,7 @@ FAULT is MOMENT:N, for rank 0 (MOMENT:N:RANK for another one). The process kills
 or, at step N:
   nan        the mask loss is not a number
   raise      an exception
-  sigterm    it gets a SIGTERM
+  sigterm    it gets a SIGTERM (sighup, sigint: likewise)
 With ":once FILE" after it, the fault happens only if there is no FILE yet, which it makes.
 """
 
@@ -20,29 +20,46 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 import model as detector
 import train
 
-NARROW = dict(
-    blocks=(1, 1, 1, 1), stem_width=32, width_per_group=32, fpn_channels=32, box_head_convs=1,
-    box_head_channels=32, box_head_fc_channels=32, mask_head_convs=1, mask_head_channels=32,
-    rpn_pre_nms_top_n_train=30, rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=10,
-    box_batch_size_per_image=16, box_score_thresh=0.0, box_detections_per_img=5,
-)  # fmt: skip
+# A detector that runs every part of the code in a few milliseconds.
+NARROW = {
+    "blocks": (1, 1, 1, 1),
+    "stem_width": 32,
+    "width_per_group": 32,
+    "fpn_channels": 32,
+    "box_head_convs": 1,
+    "box_head_channels": 32,
+    "box_head_fc_channels": 32,
+    "mask_head_convs": 1,
+    "mask_head_channels": 32,
+    "rpn_pre_nms_top_n_train": 30,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 10,
+    "box_batch_size_per_image": 16,
+    "box_score_thresh": 0.0,
+    "box_detections_per_img": 5,
+}
 STEPS = int(os.environ.get("TINY_STEPS", 40))
 TINY = train.Recipe(
-    model=NARROW, iterations=STEPS, tails=(10, 4), batch_size=2, images_per_gpu=2,
-    warmup_iterations=2, min_sizes=(48, 64), max_size=80, test_size=48,
-    eval_every=STEPS // 2, checkpoint_every=2 if STEPS < 100 else 100, log_every=1,
-)  # fmt: skip
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    model=NARROW,
+    iterations=STEPS,
+    tails=(10, 4),
+    batch_size=2,
+    images_per_gpu=2,
+    warmup_iterations=2,
+    min_sizes=(48, 64),
+    max_size=80,
+    test_size=48,
+    eval_every=STEPS // 2,
+    checkpoint_every=2 if STEPS < 100 else 100,
+    log_every=1,
+)
 
 
 class Fault:
@@ -57,9 +74,9 @@ class Fault:
             return
         self.moment, self.count, self.once = moment, int(count), once
         self.checkpoints = self.lines = 0
-        self.armed = False
-        if moment in ("step", "nan", "raise", "sigterm"):
-            self.at_step(train.learning_rate)
+        self.started = self.armed = False
+        if moment in ("step", "nan", "raise") or moment.startswith("sig"):
+            self.at_step()
         elif moment == "log":
             self.in_log()
         else:
@@ -70,33 +87,31 @@ class Fault:
             Path(self.once).touch()
         if self.moment == "raise":
             raise ArithmeticError("the fault of this test")
-        if self.moment == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.moment.startswith("sig"):
+            os.kill(os.getpid(), getattr(signal, self.moment.upper()))
         elif self.moment == "nan":
             losses = detector.MaskRCNN.losses
             detector.MaskRCNN.losses = lambda *a: {
                 k: v * float("nan") if k == "loss_mask" else v for k, v in losses(*a).items()
             }
         else:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def at_step(self, learning_rate):
+    def at_step(self):
+        learning_rate, training_loader = train.learning_rate, train.data.training_loader
+
         def at(iteration, recipe):
-            if iteration == self.count and not self.armed:
-                self.armed = True  # the header asks for rates, too
-                if hasattr(train.data, "started"):
-                    self.strike()
-                self.armed = False
+            if self.started and iteration == self.count:  # the header asks for rates, too
+                self.started = False
+                self.strike()
             return learning_rate(iteration, recipe)
 
-        loader = train.data.training_loader
+        def starting(*arguments, **named):
+            self.started = True
+            return training_loader(*arguments, **named)
 
-        def started(*arguments, **named):
-            train.data.started = True
-            return loader(*arguments, **named)
-
-        train.data.training_loader = started
         train.learning_rate = at
+        train.data.training_loader = starting
 
     def in_log(self):
         def write(log, record):
@@ -112,6 +127,7 @@ class Fault:
         train.Log.write = write
 
     def in_checkpoint(self):
+        """The moments of `model.write_whole` while it writes a checkpoint, and of pruning."""
         save, fsync, replace, unlink = torch.save, os.fsync, os.replace, Path.unlink
 
         def dying(moment, function, after=False):
@@ -124,9 +140,9 @@ class Fault:
 
             return call
 
-        def writing(checkpoint, file):
+        def writing(checkpoint, file, *arguments, **named):
             self.checkpoints += 1
-            save(checkpoint, file)
+            save(checkpoint, file, *arguments, **named)
             self.armed = self.checkpoints >= self.count
             if self.armed and self.moment == "write":
                 file.truncate(file.tell() // 2)
@@ -135,9 +151,8 @@ class Fault:
         torch.save = writing
         os.fsync = dying("sync", fsync)
         Path.unlink = dying("prune", unlink)
-        os.replace = dying(self.moment, replace, after=self.moment == "renamed")
-        if self.moment not in ("rename", "renamed"):
-            os.replace = replace
+        if self.moment in ("rename", "renamed"):
+            os.replace = dying(self.moment, replace, after=self.moment == "renamed")
 
 
 def main(arguments):
