@@ -185,7 +185,7 @@ def interpolate(cells, low, high, length):
     return first, padded[before] + weight * (padded[1:] - padded[:-1])[before]
 
 
-# ---- Test-time augmentation (Sec. 5.1 and Fig. 5, as in Detectron): scales, each also mirrored ----
+# ---- Test-time augmentation (Sec. 5.1, Fig. 5, as in Detectron): every scale, also mirrored ----
 
 TTA_SCALES = (400, 500, 600, 700, 900, 1000, 1100, 1200)  # shorter sides, for a model of 800
 TTA_MAX_SIZE = 2000  # longer side at most, for a model of 800
@@ -292,8 +292,8 @@ def vote_boxes(detections, scores, boxes, score_threshold, iou=TTA_VOTE_IOU):
 #
 # AP at t is the area under precision over recall, where precision is the best at this or any higher
 # recall. AP50 and AP75: t = 0.5 and 0.75, mean over the classes; COCO's AP: mean over t = 0.5,
-# 0.55, ..., 0.95 as well; APs, APm, APl: objects of less than 32^2, less than 96^2 and more pixels. The
-# IoU is that of boxes for "bbox" and of masks for "segm"; keypoints have a similarity of their own.
+# 0.55, ..., 0.95 as well; APs, APm, APl: of objects below 32^2, up to 96^2, and above 96^2 pixels.
+# The IoU is that of boxes for "bbox", of masks for "segm"; keypoints have a similarity of their own.
 
 COCO_METRICS = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
