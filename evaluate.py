@@ -1,20 +1,26 @@
-"""Prediction on images, COCO and VOC metrics, pictures and curves: the evaluation of Mask R-CNN.
+"""Prediction, metrics and pictures: how Mask R-CNN is tested (Sec. 4 and 5 of the paper).
 
-    python evaluate.py --weights FILE --data DIR                COCO's metrics on a data set
-    python evaluate.py --weights FILE --images a.jpg FOLDER     detections drawn into pictures
-    python evaluate.py --plot runs/a runs/b --out figure.png    curves as in the paper's figures
+    python evaluate.py --weights FILE --data DIR                COCO's or VOC's metrics
+    python evaluate.py --weights FILE --images a.jpg FOLDER     detections as text and as pictures
+    python evaluate.py --weights FILE --export SMALL            the weights alone, for sharing
 
-From the top: masks and boxes back in the image, test-time augmentation (Fig. 5, "+ test aug"),
-`predict` for one image, metrics over all processes (`evaluate`), pictures, curves, command line.
+In reading order: prediction on an image (`predict`), test-time augmentation, metrics over all
+processes (`evaluate`), pictures (`draw`), the command line. The plumbing at the end (processes,
+lock, errors) is train.py's, too.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the next imports, which take seconds, ends silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import copy
 import ctypes
 import datetime
+import functools
 import io
 import json
 import math
@@ -25,121 +31,68 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader, Dataset
 from torchvision import ops
 from torchvision import utils as drawing
 from tqdm import tqdm
 
 import data
-import model as detector
+from data import UserError
+from model import WeightsError, load_model, read_checkpoint, write_whole
 
-# ------------------------------------------------------------------------------------------------
-# Masks: from the 28 x 28 probabilities of a box to pixels of the image
-# ------------------------------------------------------------------------------------------------
+# ---- Prediction on an image ----------------------------------------------------------------------
 
 
-def interpolation(low, high, length, cells):
-    """Where the pixels of one axis lie between the cells of a mask, for bilinear interpolation.
+def predict(model, image, min_size=None, max_size=None, tta=False):
+    """Detect the objects of one image.
 
-    The `cells` cells fill [low, high] of an axis of `length` pixels; pixel i has its centre at
-    i + 0.5. A zero cell on either side lets the mask fade out, half a cell outside of the box.
+    model: a MaskRCNN, in whatever mode; image: the path of a file, an array [H, W, 3] or a tensor
+    [3, H, W], RGB, uint8 or float in [0, 1]; min_size, max_size: the shorter side that the network
+    sees, and the most that the longer one may have (None: what the model was trained for); tta:
+    test-time augmentation.
 
-    Returns the first pixel that is touched (int) and for it and its followers the cell before each
-    (int [n], 0 is the zero cell) and the weight of the cell after it (float32 [n], in [0, 1)).
+    Returns a dict on the CPU, best score first, all in the pixels of this image: `boxes` [N, 4]
+    float xyxy, `labels` [N] int64 (1..K), `scores` [N], `masks` [N, H, W] bool (of a model with
+    masks), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17] (with keypoints).
+    Raises UserError for a file that cannot be read, ValueError for an array of another shape.
     """
-    fade = (high - low) / (2 * cells)
-    first = max(0, math.ceil(low - fade - 0.5))
-    last = min(length, math.ceil(high + fade - 0.5))
-    place = (np.arange(first, last) + 0.5 - low) * (cells / (high - low)) + 0.5
-    before = np.clip(place.astype(np.int64), 0, cells)
-    return first, before, (place - before).astype(np.float32)
+    image = to_tensor(image)
+    size = tuple(image.shape[1:])
+    with evaluation_mode(model):
+        detections = detect(model, image, size, min_size, max_size, tta)
+    if "masks" in detections:
+        detections["masks"] = paste_masks(detections["masks"], detections["boxes"], *size)
+    return detections
 
 
-def interpolate(values, before, weights):
-    """Rows [n, C] at places between the rows [cells + 2, C] of `values`; see `interpolation`."""
-    result = (values[1:] - values[:-1])[before]
-    result *= weights[:, None]
-    result += values[before]
-    return result
-
-
-def paste_window(mask, box, height, width, threshold=0.5):
-    """Paste one mask (numpy [M, M] float32) into its `box` (x1, y1, x2, y2) of the image.
-
-    Only the window of the box is computed, one axis after the other. The places are Detectron2's
-    (`paste_masks_in_image`): continuous boxes, pixel centres at half pixels, zero around the mask.
-
-    Returns (x, y, inside): the window's first column and row, and bool [columns, rows]: columns
-    first, since that is the order of COCO's run-length code.
-    """
-    left, top, right, bottom = box
-    if right <= left or bottom <= top:
-        return 0, 0, np.zeros((0, 0), bool)
-    x, *across = interpolation(left, right, width, mask.shape[1])
-    y, *down = interpolation(top, bottom, height, mask.shape[0])
-    framed = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), np.float32)
-    framed[1:-1, 1:-1] = mask
-    rows = interpolate(framed, *down)
-    return x, y, interpolate(np.ascontiguousarray(rows.T), *across) >= threshold
-
-
-def paste_masks(masks, boxes, height, width, threshold=0.5):
-    """Masks of boxes as masks of the image.
-
-    masks: [N, M, M] probabilities; boxes: [N, 4] xyxy in the image's pixels, also partly outside;
-    height, width: of the image; threshold: in (0, 1], a pixel belongs to the object from there on.
-    Returns bool [N, height, width] on the CPU. See `paste_window` for where exactly.
-    """
-    pasted = np.zeros((len(masks), height, width), bool)
-    for image, mask, box in zip(pasted, masks.float().cpu().numpy(), boxes.tolist()):
-        x, y, inside = paste_window(mask, box, height, width, threshold)
-        image[y : y + inside.shape[1], x : x + inside.shape[0]] = inside.T
-    return torch.from_numpy(pasted)
-
-
-def window_rle(x, y, inside, height, width):
-    """COCO's compressed run-length code of an image in which only a window may be True.
-
-    x, y, inside: as from `paste_window`. Returns {"size": [height, width], "counts": str}, equal to
-    pycocotools' encoding of the whole image, in a time that depends on the window alone.
-    """
-    columns, rows = inside.shape
-    # A False before the first column, and one after each: runs of different columns stay apart.
-    flat = np.zeros(1 + columns * (rows + 1), bool)
-    flat[1:].reshape(columns, rows + 1)[:, :rows] = inside
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    column, row = np.divmod(changes, rows + 1)
-    places = (x + column) * height + y + row
-    # Where the window has all rows of the image, a run may end just where the next one starts.
-    places, times = np.unique(places, return_counts=True)
-    places = places[times == 1]
-    counts = np.diff(places, prepend=0, append=height * width)
-    if len(places) and counts[-1] == 0:
-        counts = counts[:-1]
-    code = {"size": [height, width], "counts": counts.tolist()}
-    code = coco_mask.frPyObjects(code, height, width)
-    return {"size": [height, width], "counts": code["counts"].decode("ascii")}
-
-
-# ------------------------------------------------------------------------------------------------
-# Views of an image
-# ------------------------------------------------------------------------------------------------
-
-# What the network looks at: an image resized to `height` x `width` pixels, maybe mirrored. `scale`
-# is the shorter side that was asked for (the real one is smaller where the longer is limited).
-View = collections.namedtuple("View", "height width flipped scale", defaults=(False, None))
+def to_tensor(image):
+    """An image as `predict` takes it as a tensor [3, H, W], uint8 or float32."""
+    if isinstance(image, (str, os.PathLike)):
+        return data.read_image(image)
+    if not torch.is_tensor(image):
+        # A copy in C's order, since torch refuses the negative strides of array[..., ::-1].
+        image = torch.from_numpy(np.atleast_3d(np.array(image, order="C"))).permute(2, 0, 1)
+    image = image.float() if image.is_floating_point() else image
+    if image.ndim != 3 or len(image) != 3 or image.dtype not in (torch.uint8, torch.float32):
+        raise ValueError(
+            "An image is an array [H, W, 3] or a tensor [3, H, W] of uint8 or float, not "
+            f"{image.dtype} {list(image.shape)} (channels first)."
+        )
+    return image
 
 
 @contextlib.contextmanager
-def evaluation_mode(model):
-    """Evaluation mode without gradients inside the `with`; then the mode that was before."""
+def evaluation_mode(model, amp=False):
+    """Evaluation mode without gradients, then the mode that was before; amp: bfloat16 autocast."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device_of(model).type, torch.bfloat16, enabled=amp):
             yield
     finally:
         model.train(training)
@@ -150,82 +103,177 @@ def device_of(model):
     return next(model.parameters()).device
 
 
-def move_boxes(boxes, source, target):
-    """Boxes [..., 4] xyxy from the pixels of one View of an image into those of another."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    if source.flipped != target.flipped:
-        x1, x2 = source.width - x2, source.width - x1
-    across = target.width / source.width
-    down = target.height / source.height
-    return torch.stack([x1 * across, y1 * down, x2 * across, y2 * down], dim=-1)
+def detect(model, image, size, min_size=None, max_size=None, tta=False):
+    """Detections in an image of `size` (H, W), as from `to_image`; the model is in eval mode.
 
-
-def to_image(detections, view, height, width):
-    """Detections of an unflipped View as detections of its image of height x width, on the CPU.
-
-    Boxes and keypoints are scaled and boxes clipped; boxes without area are dropped. The `masks`
-    stay the probabilities [N, M, M] of the box.
+    image: [3, H, W], or (without tta) already resized for the network.
     """
-    detections = {name: value.cpu() for name, value in detections.items()}
-    boxes = move_boxes(detections["boxes"].float(), view, View(height, width))
-    detections["boxes"] = ops.clip_boxes_to_image(boxes, (height, width))
-    if "keypoints" in detections:
-        scale = torch.tensor([width / view.width, height / view.height, 1.0])
-        detections["keypoints"] = detections["keypoints"] * scale
-    sides = detections["boxes"][:, 2:] - detections["boxes"][:, :2]
-    kept = (sides > 0).all(dim=1)
-    return {name: value[kept] for name, value in detections.items()}
+    sizes = input_sizes(model, min_size, max_size)
+    if tta:
+        views = tta_views(size, *sizes)
+        return to_image(detect_augmented(model, image, views), views[0][0], size)
+    resized = data.resize_shape(*size, *sizes)
+    image = data.resize_image(image, *resized).to(device_of(model))
+    return to_image(model([image])[0], resized, size)
 
 
-# ------------------------------------------------------------------------------------------------
-# Test-time augmentation (Sec. 5.1 and Fig. 5, as in Detectron): every scale, each also mirrored
-# ------------------------------------------------------------------------------------------------
+def input_sizes(model, min_size=None, max_size=None):
+    """Shorter and longest side of the network's input: as given, or as the model was trained."""
+    settings = model.data_settings
+    return min_size or settings.get("min_size") or 800, max_size or settings.get("max_size") or 1333
 
-TTA_SCALES = (400, 500, 600, 700, 900, 1000, 1100, 1200)  # shorter sides of a model of 800
-TTA_MAX_SIZE = 2000  # longer side at most, of a model of 800
+
+def to_image(detections, resized, size):
+    """Detections in an image resized to `resized` (h, w) as detections in the image of `size`.
+
+    Boxes and keypoints are scaled and boxes clipped; boxes without area are dropped. `masks` stay
+    the probabilities [N, 28, 28] of the box. Returns tensors on the CPU, float32 also under amp.
+    """
+    found = {name: value.cpu() for name, value in detections.items()}
+    found = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    boxes = data.resize_boxes(found["boxes"], resized, size, flip=False)
+    found["boxes"] = ops.clip_boxes_to_image(boxes, size)
+    if "keypoints" in found:
+        scale = torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
+        found["keypoints"] = found["keypoints"] * scale
+    kept = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(dim=1)
+    return {name: value[kept] for name, value in found.items()}
+
+
+def paste_masks(masks, boxes, height, width, threshold=0.5):
+    """Masks [N, M, M] (probabilities) of boxes [N, 4] as bool [N, height, width] of the image.
+
+    Boxes are xyxy in the image's pixels, also partly outside. A pixel belongs to the object from
+    the threshold in (0, 1] on. The values are Detectron2's (`paste_masks_in_image`).
+    """
+    pasted = np.zeros((len(masks), height, width), bool)
+    for image, mask, box in zip(pasted, masks.float().cpu().numpy(), boxes.tolist()):
+        x, y, inside = paste_window(mask, box, height, width, threshold)
+        image[y : y + inside.shape[1], x : x + inside.shape[0]] = inside.T
+    return torch.from_numpy(pasted)
+
+
+def paste_window(mask, box, height, width, threshold=0.5):
+    """The pixels of one mask (numpy [M, M] float32) in its box (x1, y1, x2, y2) of the image.
+
+    Returns (x, y, inside): the window's first column and row, and bool [columns, rows]: columns
+    first, since that is the order of COCO's run-length code.
+    """
+    left, top, right, bottom = box
+    if right <= left or bottom <= top:
+        return 0, 0, np.zeros((0, 0), bool)
+    y, rows = interpolate(mask, top, bottom, height)
+    x, columns = interpolate(rows.T, left, right, width)
+    return x, y, columns >= threshold
+
+
+def interpolate(cells, low, high, length):
+    """Bilinear interpolation along one axis: M cells fill [low, high] of `length` pixels.
+
+    cells: [M, C] float32. Pixel i has its centre at i + 0.5; zeros around the cells let a mask fade
+    out half a cell outside of its box. Returns the first pixel touched and values [n, C] from it.
+    """
+    count = len(cells)
+    fade = (high - low) / (2 * count)
+    first = max(0, math.ceil(low - fade - 0.5))
+    last = min(length, math.ceil(high + fade - 0.5))
+    place = (np.arange(first, last) + 0.5 - low) * (count / (high - low)) + 0.5
+    before = np.clip(place.astype(np.int64), 0, count)
+    weight = (place - before).astype(np.float32)[:, None]
+    padded = np.zeros((count + 2, cells.shape[1]), np.float32)
+    padded[1:-1] = cells
+    return first, padded[before] + weight * (padded[1:] - padded[:-1])[before]
+
+
+# ---- Test-time augmentation (Sec. 5.1, Fig. 5, as in Detectron): every scale, also mirrored ----
+
+TTA_SCALES = (400, 500, 600, 700, 900, 1000, 1100, 1200)  # shorter sides, for a model of 800
+TTA_MAX_SIZE = 2000  # longer side at most, for a model of 800
 TTA_VOTE_IOU = 0.9
-TTA_KEYPOINT_SIDE = 150  # pixels of the image; smaller boxes leave out the smaller scales
 
 
-def tta_views(height, width, min_size, max_size):
-    """The 18 Views of an image of height x width pixels: the model's own, unflipped, comes first.
+def tta_views(size, min_size, max_size):
+    """The 18 views of an image of `size` (H, W): pairs of an input's size (h, w) and "mirrored".
 
-    Scales are relative to the model's own: of a model for 160 pixels the scales are 80 ... 240.
+    The model's own size comes first. The others are relative to it: a model for 160 pixels has
+    views of 80 ... 240.
     """
     limits = [(min_size, max_size)]
     for scale in TTA_SCALES:
         limits.append((round(scale / 800 * min_size), round(TTA_MAX_SIZE / 800 * min_size)))
-    views = []
-    for shorter, longer in limits:
-        shape = data.resize_shape(height, width, shorter, longer)
-        views.append(View(*shape, flipped=False, scale=shorter))
-        views.append(View(*shape, flipped=True, scale=shorter))
-    return views
+    shapes = [data.resize_shape(*size, *limit) for limit in limits]
+    return [(shape, flip) for shape in shapes for flip in (False, True)]
 
 
-def view_features(model, image, view):
-    """Features of one View of an image [3, H, W], and the sizes of that batch of one image."""
-    resized = data.resize_image(image, view.height, view.width)
-    if view.flipped:
+def detect_augmented(model, image, views):
+    """Detections of one image [3, H, W] from many views, as one model call gives them for views[0].
+
+    1) Scores and boxes of all views are united *before* score threshold and NMS: the views compete
+       like the proposals of one image.
+    2) Threshold and NMS as usual, then box voting.
+    3) Masks are read for the final boxes in every view and averaged as probabilities. Features are
+       computed anew for that, since those of 18 views would fill a GPU.
+    """
+    check_tta(model)
+    own, _ = views[0]
+    scores = []
+    boxes = []
+    for shape, flip in views:
+        features, sizes = view_features(model, image, shape, flip)
+        proposals, valid = model.proposals(features, sizes)
+        view_scores, view_boxes = model.box_predictions(features, proposals, valid, sizes)[0]
+        scores.append(view_scores)  # [P, K + 1]
+        boxes_in_own = data.resize_boxes(view_boxes.flatten(0, 1), shape, own, flip)
+        boxes.append(boxes_in_own.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
+        del features  # before those of the next view are computed
+    scores = torch.cat(scores)
+    boxes = torch.cat(boxes)
+
+    detections = model.postprocess(scores, boxes)
+    detections["boxes"] = vote_boxes(detections, scores, boxes, model.config.box_score_thresh)
+    if not model.config.masks:
+        return detections
+
+    masks = 0
+    for shape, flip in views:
+        features, _ = view_features(model, image, shape, flip)
+        view_boxes = data.resize_boxes(detections["boxes"], own, shape, flip)
+        view_masks = model.mask_probabilities(features, [view_boxes], [detections["labels"]])[0]
+        masks = masks + (view_masks.flip(-1) if flip else view_masks)
+        del features
+    detections["masks"] = masks / len(views)
+    return detections
+
+
+def check_tta(model):
+    """Raise UserError for a model with keypoints: the paper augments boxes and masks only."""
+    if model.config.keypoints:
+        raise UserError("Keypoint models have no test-time augmentation; leave out --tta.", code=2)
+
+
+def view_features(model, image, shape, flip):
+    """Features of one view of an image [3, H, W], and the sizes of that batch of one image."""
+    resized = data.resize_image(image, *shape)
+    if flip:
         resized = resized.flip(-1)
-    tensor, sizes = model.batch([resized.to(device_of(model))])
-    return model.features(tensor), sizes
+    batch, sizes = model.batch([resized.to(device_of(model))])
+    return model.features(batch), sizes
 
 
 def vote_boxes(detections, scores, boxes, score_threshold, iou=TTA_VOTE_IOU):
-    """Box voting: the kept boxes become means of the boxes that agree with them.
+    """Box voting: each kept box b becomes the mean of the boxes b_i that agree with it.
 
-    detections: dict with `boxes` [N, 4] and `labels` [N], what NMS kept of the united boxes;
-    scores: [P, K+1] and boxes: [P, K or 1, 4], all of them. For each kept box, the boxes of its
-    class with a score above score_threshold (Detectron: only those went into NMS) and an IoU of at
-    least `iou` are averaged, weighted by score. Returns [N, 4]; the scores are not changed.
+        b  ->  sum_i s_i b_i / sum_i s_i     over the i of b's class with IoU(b, b_i) >= iou and a
+                                             score s_i > score_threshold (only those went into NMS)
+
+    detections: `boxes` [N, 4] and `labels` [N], what NMS kept of the united boxes; scores:
+    [P, K + 1] and boxes: [P, K or 1, 4], all of them. Returns [N, 4]; scores do not change.
     """
     voted = detections["boxes"].clone()
     for label in detections["labels"].unique().tolist():
         kept = detections["labels"] == label
         voters = scores[:, label] > score_threshold
-        # One box for all classes (cascade), or one for each.
-        candidates = boxes[voters, min(label, boxes.shape[1]) - 1]
+        candidates = boxes[voters, min(label, boxes.shape[1]) - 1]  # cascade: one for all classes
         agree = ops.box_iou(voted[kept], candidates) >= iou
         weights = agree * scores[voters, label]
         total = weights.sum(dim=1, keepdim=True)
@@ -234,123 +282,18 @@ def vote_boxes(detections, scores, boxes, score_threshold, iou=TTA_VOTE_IOU):
     return voted
 
 
-def keypoint_scale_fits(boxes, image, own, view):
-    """Which boxes [N, 4] (in pixels of the View `own`) take keypoints from `view`: [N] of 0 or 1.
-
-    Small boxes, measured in the image itself, leave out the views smaller than the model's own,
-    the others leave out the larger ones. Unlike the scales, what is small does not depend on the
-    model's own size: neither do the strides of its features, in which a small person blurs.
-    """
-    in_image = move_boxes(boxes, own, View(*image.shape[-2:]))
-    small = ops.box_area(in_image) < TTA_KEYPOINT_SIDE**2
-    return torch.where(small, float(view.scale >= own.scale), float(view.scale <= own.scale))
-
-
-def augmented_detections(model, image, views):
-    """Detections of one image [3, H, W] from many Views, as one model call gives them for views[0].
-
-    Boxes first: scores and boxes of all views are united before score threshold and NMS. Masks and
-    keypoints are then read for these final boxes, in every view, and averaged: masks as
-    probabilities, which become bits only where they are pasted. Features are computed anew for
-    that: those of 18 views would not fit into memory.
-    """
-    own = views[0]
-    scores = []
-    boxes = []
-    for view in views:
-        features, sizes = view_features(model, image, view)
-        proposals, valid = model.proposals(features, sizes)
-        view_scores, view_boxes = model.box_predictions(features, proposals, valid, sizes)[0]
-        scores.append(view_scores)
-        boxes.append(move_boxes(view_boxes, view, own))
-        del features  # before those of the next view are computed
-    scores = torch.cat(scores)
-    boxes = torch.cat(boxes)
-    detections = model.postprocess(scores, boxes)
-    threshold = model.config["box_score_thresh"]
-    detections["boxes"] = vote_boxes(detections, scores, boxes, threshold)
-
-    with_masks = model.config["masks"]
-    with_keypoints = model.config["keypoints"] > 0
-    if not (with_masks or with_keypoints):
-        return detections
-    masks = 0
-    heatmaps = 0
-    used = 0
-    for view in views:
-        features, _ = view_features(model, image, view)
-        view_boxes = move_boxes(detections["boxes"], own, view)
-        if with_masks:
-            view_masks = model.mask_probabilities(features, [view_boxes], [detections["labels"]])[0]
-            masks = masks + (view_masks.flip(-1) if view.flipped else view_masks)
-        if with_keypoints:
-            view_maps = model.keypoint_heatmaps(features, [view_boxes])[0]
-            if view.flipped:
-                # The mirrored left wrist is found as a right wrist.
-                view_maps = view_maps.flip(-1)[:, data.KEYPOINT_FLIP]
-            use = keypoint_scale_fits(detections["boxes"], image, own, view)
-            heatmaps = heatmaps + view_maps * use[:, None, None, None]
-            used = used + use
-        del features
-    if with_masks:
-        detections["masks"] = masks / len(views)
-    if with_keypoints:
-        heatmaps = heatmaps / used[:, None, None, None]  # never 0: the own size fits every box
-        keypoints, keypoint_scores = detector.decode_keypoints(heatmaps, detections["boxes"])
-        detections["keypoints"] = keypoints
-        detections["keypoints_scores"] = keypoint_scores
-    return detections
-
-
-# ------------------------------------------------------------------------------------------------
-# Prediction on an image
-# ------------------------------------------------------------------------------------------------
-
-
-def input_sizes(model, min_size=None, max_size=None):
-    """Shorter and longest side of inputs in pixels: as asked for, or as the model was trained."""
-    min_size = min_size or model.data_settings.get("min_size") or 800
-    max_size = max_size or model.data_settings.get("max_size") or 1333
-    return min_size, max_size
-
-
-def detect(model, image, height, width, min_size, max_size, tta=False):
-    """Detections in an image of height x width, as from `to_image`; the model is in eval mode.
-
-    image: [3, height, width], or (without tta) resized to the network's size already.
-    """
-    if tta:
-        views = tta_views(height, width, min_size, max_size)
-        return to_image(augmented_detections(model, image, views), views[0], height, width)
-    view = View(*data.resize_shape(height, width, min_size, max_size))
-    resized = data.resize_image(image, view.height, view.width)
-    return to_image(model([resized.to(device_of(model))])[0], view, height, width)
-
-
-def predict(model, image, min_size=None, max_size=None, tta=False):
-    """Detect the objects of one image.
-
-    model: a MaskRCNN, in whatever mode; image: [3, H, W] RGB, uint8 or float in [0, 1];
-    min_size, max_size: the image is resized so that its shorter side is min_size pixels, unless the
-    longer would exceed max_size; None: what the model was trained for; tta: test-time augmentation.
-
-    Returns a dict on the CPU, best score first, all in the pixels of this image: `boxes` [N, 4]
-    float xyxy, `labels` [N] int64 (1..K), `scores` [N], `masks` [N, H, W] bool (of a model with
-    masks), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17] (with keypoints).
-    """
-    height, width = image.shape[-2:]
-    with evaluation_mode(model):
-        sizes = input_sizes(model, min_size, max_size)
-        detections = detect(model, image, height, width, *sizes, tta)
-    if "masks" in detections:
-        boxes = detections["boxes"]
-        detections["masks"] = paste_masks(detections["masks"], boxes, height, width)
-    return detections
-
-
-# ------------------------------------------------------------------------------------------------
-# Metrics: results of all images in COCO's submission format, then AP (Sec. 5: bbox and mask AP)
-# ------------------------------------------------------------------------------------------------
+# ---- Metrics: the results of all images in COCO's format, then average precision (AP) ----
+#
+# A detection is right at the IoU threshold t if it overlaps an object of its class, which no
+# detection with a higher score has taken, with IoU >= t. Go through the detections of a class in
+# all images by falling score; after each,
+#
+#     precision = right ones so far / detections so far,    recall = right ones so far / objects
+#
+# AP at t is the area under precision over recall, where precision is the best at this or any higher
+# recall. AP50 and AP75: t = 0.5 and 0.75, mean over the classes; COCO's AP: mean over t = 0.5,
+# 0.55, ..., 0.95 as well; APs, APm, APl: of objects below 32^2, up to 96^2, and above 96^2 pixels.
+# The IoU is that of boxes for "bbox", of masks for "segm"; keypoints have a similarity of their own.
 
 COCO_METRICS = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -360,68 +303,239 @@ COCO_METRICS = {
 RESULT_FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 
 
-class EvaluationImages(torch.utils.data.Dataset):
-    """The images of a data set that one process evaluates, for a loader to decode ahead.
+def evaluate(
+    model, dataset, out=None, tta=False, workers=2, per_class=False, amp=False, progress=True
+):
+    """Metrics of a model on a data set, in percent.
 
-    Items are (position in the data set, image uint8 [3, h, w], height, width): the image resized
-    for the network if `sizes` (shorter, longer side) is given, and its own height and width.
+    Where torch.distributed is initialized, every process calls this, takes its share of the images
+    and returns the same. model: a MaskRCNN (not wrapped in DDP), in whatever mode; dataset: a
+    CocoDataset or VocDataset made for evaluation; tta: test-time augmentation; workers: processes
+    that decode images, and as many that paste masks; amp: bfloat16; progress: a bar on rank 0.
+
+    out: a folder for `results_bbox.json`, `results_segm.json`, `results_keypoints.json` in COCO's
+    submission format. They appear whole or not at all; the metrics are pycocotools' on them.
+
+    Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "segm": the same for a model with
+    masks, "keypoints": {"AP", "AP50", "AP75", "APm", "APl"} for one with keypoints}, or for VOC
+    {"voc": {"mAP50"}}; None where there is no object to find. per_class adds {"per_class": {class:
+    AP}} to each. Raises UserError where data set and model have different classes.
     """
+    distributed = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    check_fits(model, dataset, tta)
+    if rank == 0:
+        truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
+        if out is not None:  # results of an earlier run must not pass for those of this one
+            Path(out).mkdir(parents=True, exist_ok=True)
+            for kind in RESULT_FIELDS:
+                Path(out, f"results_{kind}.json").unlink(missing_ok=True)
 
-    def __init__(self, dataset, positions, sizes=None):
-        # A copy that reads images only: the objects to find are pycocotools' business.
-        self.dataset = copy.copy(dataset)
-        self.dataset.masks = False
-        self.dataset.keypoints = False
-        self.positions = positions
-        self.sizes = sizes
-
-    def __len__(self):
-        return len(self.positions)
-
-    def __getitem__(self, i):
-        try:
-            image, _ = self.dataset[self.positions[i]]
-        except data.DataError as error:
-            # Raised by the reader: from a worker it would come wrapped into a page of traceback.
-            return error
-        height, width = image.shape[-2:]
-        if self.sizes is not None:
-            image = data.resize_image(image, *data.resize_shape(height, width, *self.sizes))
-        return self.positions[i], image, height, width
+    positions = range(rank, len(dataset), world_size)
+    with evaluation_mode(model, amp):
+        results = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
+    if distributed:  # not through files: machines need not share a file system
+        shares = [None] * world_size if rank == 0 else None
+        dist.gather_object(results, shares)
+        if rank == 0:
+            results = {image_id: found for share in shares for image_id, found in share.items()}
+    metrics = [None]
+    if rank == 0:
+        metrics = [score(model, dataset, truth, results, out, per_class, workers)]
+    if distributed:
+        dist.broadcast_object_list(metrics)
+    return metrics[0]
 
 
-def coco_results(image_id, detections, height, width, category_ids):
-    """Detections of one image in COCO's submission format, one dict for each.
-
-    detections: as from `to_image`; category_ids: those of labels 1..K. Each dict has `image_id`,
-    `category_id`, `score`, `bbox` [x, y, width, height], and `segmentation` (compressed RLE) and
-    `keypoints` [51] where the model has them. Numbers are rounded here, once: the metrics are
-    computed from the very values that are written.
-    """
-    results = []
-    boxes = detections["boxes"].tolist()
-    scores = detections["scores"].tolist()
-    labels = detections["labels"].tolist()
-    for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels):
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_ids[label - 1],
-                "score": round(score, 6),
-                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-            }
+def check_fits(model, dataset, tta):
+    """Raise UserError if the model cannot be evaluated on the data set."""
+    if tta:
+        check_tta(model)
+    trained = model.data_settings.get("classes") or dataset.classes
+    names = dataset.classes
+    if model.config.num_classes != len(names) or list(trained) != list(names):
+        different = [f"{ours!r} is {own!r}" for own, ours in zip(trained, names) if own != ours]
+        raise UserError(
+            f"The classes of {dataset.annotation_file} are not those of the weights: "
+            f"{len(names)} and {model.config.num_classes} of them; {', '.join(different[:3])}"
         )
+
+
+def detect_all(model, dataset, positions, tta, workers, progress):
+    """{image id: list of `coco_results`} of the images at `positions` of a data set.
+
+    Three things happen at once: processes decode the next images, the model looks at one, and
+    processes paste and encode the masks of the last. It sees one image at a time: in a batch,
+    through GroupNorm, the padding would make a result depend on its neighbours.
+    """
+    sizes = input_sizes(model)
+    pictures = copy.copy(dataset)
+    pictures.masks = pictures.keypoints = False  # the objects to find are pycocotools' business
+    read = functools.partial(read_input, pictures, None if tta else sizes)
+    inputs = data.read_ahead(Mapped(read), workers, positions)
+
+    def detections():
+        for position, (image, size) in zip(positions, inputs):
+            found = detect(model, image, size, *sizes, tta)
+            # As numpy: tensors would travel through shared memory, of which there may be little.
+            arrays = {name: value.numpy() for name, value in found.items()}
+            yield dataset.image_ids[position], arrays, size, dataset.category_ids
+
+    results = map_in_workers(coco_results, detections(), workers)
+    bar = tqdm(results, "evaluate", len(positions), leave=False, disable=not progress, unit="image")
+    return dict(bar)
+
+
+def read_input(dataset, sizes, index):
+    """An image of a data set, resized for the network if `sizes` is given, and its size (H, W)."""
+    image, _ = dataset[index]
+    size = tuple(image.shape[1:])
+    if sizes is not None:
+        image = data.resize_image(image, *data.resize_shape(*size, *sizes))
+    return image, size
+
+
+class Mapped(Dataset):
+    """mapped[item] is function(item)."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, item):
+        return self.function(item)
+
+
+def map_in_workers(function, items, workers):
+    """function(item) of each item, in order, computed by processes.
+
+    A DataLoader is such a map, if its "indices" are the items. They are taken two a worker ahead,
+    in this process, and may come from a generator.
+    """
+    init = data.worker_init if workers else None
+    return DataLoader(
+        Mapped(function), batch_size=None, sampler=items, num_workers=workers, worker_init_fn=init
+    )
+
+
+def coco_results(item):
+    """Detections of one image in COCO's submission format: (image id, a list of dicts).
+
+    item: (image id, detections as from `to_image` in numpy, size (H, W), category ids of labels
+    1..K). Each dict has `image_id`, `category_id`, `score`, `bbox` [x, y, width, height], and
+    `segmentation` (compressed RLE) and `keypoints` [51] where the model has them. Numbers are
+    rounded here, once: the metrics are computed from the very values that are written.
+    """
+    image_id, detections, size, category_ids = item
+    results = []
+    boxes, scores, labels = (detections[name].tolist() for name in ("boxes", "scores", "labels"))
+    for (x1, y1, x2, y2), confidence, label in zip(boxes, scores, labels):
+        bbox = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+        result = {"image_id": image_id, "category_id": category_ids[label - 1]}
+        results.append(result | {"score": round(confidence, 6), "bbox": bbox})
     if "masks" in detections:
-        masks = detections["masks"].float().numpy()
-        for result, mask, box in zip(results, masks, boxes):
-            window = paste_window(mask, box, height, width)
-            result["segmentation"] = window_rle(*window, height, width)
+        for result, mask, box in zip(results, detections["masks"], boxes):
+            result["segmentation"] = window_rle(*paste_window(mask, box, *size), *size)
     if "keypoints" in detections:
         # COCO's keypoints are indices of pixels, ours are places: pixel 0 has its centre at 0.5.
-        keypoints = detections["keypoints"] - torch.tensor([0.5, 0.5, 0.0])
-        for result, points in zip(results, keypoints.flatten(1).tolist()):
-            result["keypoints"] = [round(value, 3) for value in points]
-    return results
+        keypoints = detections["keypoints"] - np.float32([0.5, 0.5, 0])
+        for result, points in zip(results, keypoints):
+            result["keypoints"] = [round(value, 3) for value in points.flatten().tolist()]
+    return image_id, results
+
+
+def window_rle(x, y, inside, height, width):
+    """COCO's run-length code of an image in which only a window (see `paste_window`) may be True.
+
+    Returns {"size": [height, width], "counts": compressed str}, as pycocotools encodes the image.
+    """
+    columns = np.zeros((inside.shape[0], height), bool)  # those of the window, over all rows
+    columns[:, y : y + inside.shape[1]] = inside
+    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
+    counts = np.diff(x * height + changes, prepend=0, append=height * width)
+    if counts[-1] == 0:  # the image's last pixel is True
+        counts = counts[:-1]
+    code = {"size": [height, width], "counts": counts.tolist()}
+    code = coco_mask.frPyObjects(code, height, width)
+    return {"size": [height, width], "counts": code["counts"].decode("ascii")}
+
+
+def score(model, dataset, truth, results, out, per_class, workers):
+    """Write the files of results and compute the metrics, as `evaluate` returns them.
+
+    truth: the data set's `coco_gt()`; results: {image id: results} of all images.
+    """
+    if any(image_id not in results for image_id in dataset.image_ids):
+        raise UserError("The processes see different data sets; give all of them the same data.")
+    # In the data set's order: the files do not depend on the number of processes.
+    results = [result for image_id in dataset.image_ids for result in results[image_id]]
+    used = {"bbox": True, "segm": model.config.masks, "keypoints": model.config.keypoints}
+    by_kind = {}
+    for kind in [kind for kind in used if used[kind]]:
+        dropped = set(RESULT_FIELDS.values()) - {RESULT_FIELDS[kind]}
+        by_kind[kind] = [{k: v for k, v in one.items() if k not in dropped} for one in results]
+        if out is not None:
+            with write_whole(Path(out, f"results_{kind}.json")) as file:
+                file.write(json.dumps(by_kind[kind]).encode())
+    if dataset.metric == "voc":
+        return {"voc": voc_metrics(truth, results, dataset, per_class)}
+    # One process for each core, where there are thousands of results.
+    processes = min(len(results) // 5000, os.cpu_count()) if workers else 0
+    return {
+        kind: coco_metrics(truth, found, kind, dataset, per_class, processes)
+        for kind, found in by_kind.items()
+    }
+
+
+def coco_metrics(truth, results, kind, dataset, per_class=False, workers=0):
+    """COCO's average precisions, computed by pycocotools, in percent by name.
+
+    truth: a pycocotools COCO object; results: list of dicts in COCO's submission format; kind:
+    "bbox", "segm" or "keypoints"; workers: processes, each for some of the classes. The value is
+    None where no object is of that size. With per_class also {"per_class": {class: AP}}.
+    """
+    found = by_category(results, dataset)
+    score_class = functools.partial(class_scores, truth, kind, list(dataset.image_ids))
+    parts = list(map_in_workers(score_class, list(found.items()), workers))
+    # precision: [IoU thresholds, recalls, classes, areas (the first: all), most detections]
+    precision, recall = (torch.cat(arrays, dim=-3).numpy() for arrays in zip(*parts))
+    summary = COCOeval(iouType=kind)
+    summary.eval = {"precision": precision, "recall": recall}
+    with contextlib.redirect_stdout(io.StringIO()):
+        summary.summarize()
+    metrics = {name: percent([value]) for name, value in zip(COCO_METRICS[kind], summary.stats)}
+    if per_class:
+        values = [percent(precision[:, :, k, 0, -1]) for k in range(len(found))]
+        metrics["per_class"] = dict(zip(class_keys(dataset), values))
+    return metrics
+
+
+def class_scores(truth, kind, image_ids, item):
+    """COCOeval's precision [T, R, 1, A, M] and recall [T, 1, A, M] of one class.
+
+    item: (category id, its results). COCOeval treats each class as if there were no other.
+    """
+    category_id, results = item
+    with contextlib.redirect_stdout(io.StringIO()):
+        if results:  # copies, since loadRes writes into the dicts that it is given
+            found = truth.loadRes([dict(result) for result in results])
+        else:
+            found = COCO()  # loadRes cannot read an empty list
+            found.dataset = {**truth.dataset, "annotations": []}
+            found.createIndex()
+        scorer = COCOeval(truth, found, kind)
+        scorer.params.imgIds = image_ids
+        scorer.params.catIds = [category_id]
+        scorer.evaluate()
+        scorer.accumulate()
+    return torch.from_numpy(scorer.eval["precision"]), torch.from_numpy(scorer.eval["recall"])
+
+
+def by_category(objects, dataset):
+    """{category id: its results or annotations} for each category of the data set."""
+    found = {category_id: [] for category_id in dataset.category_ids}
+    for one in objects:
+        found[one["category_id"]].append(one)
+    return found
 
 
 def percent(values):
@@ -431,285 +545,137 @@ def percent(values):
     return 100 * float(values.mean()) if values.size else None
 
 
-def coco_metrics(truth, results, kind, dataset, per_class=False):
-    """COCO's average precisions, computed by pycocotools.
+def class_keys(dataset):
+    """The names of the classes, with the id where two classes have one name."""
+    count = collections.Counter(dataset.classes)
+    pairs = zip(dataset.classes, dataset.category_ids)
+    return [f"{name} (id {number})" if count[name] > 1 else name for name, number in pairs]
 
-    truth: a pycocotools COCO object; results: list of dicts in COCO's submission format; kind:
-    "bbox", "segm" or "keypoints"; dataset: its `image_ids` and `category_ids` are evaluated.
-    Returns a dict of percentages by name; None where no object is of that size, so that it can be
-    written as JSON. With per_class also {"per_class": {name of the class: AP}}.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        if results:
-            # A copy, since loadRes writes into the dicts it is given.
-            found = truth.loadRes([dict(result) for result in results])
-        else:
-            # loadRes cannot read an empty list; a data set without annotations says the same.
-            found = COCO()
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        scorer = COCOeval(truth, found, kind)
-        scorer.params.imgIds = list(dataset.image_ids)
-        scorer.params.catIds = list(dataset.category_ids)
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    names = COCO_METRICS[kind]
-    metrics = {name: percent([value]) for name, value in zip(names, scorer.stats)}
+
+def voc_metrics(truth, results, dataset, per_class=False):
+    """{"mAP50": mean over the classes of `voc_average_precision`, in percent}."""
+    found = by_category(results, dataset)
+    objects = by_category(truth.dataset["annotations"], dataset)
+    values = [voc_average_precision(found[k], objects[k]) for k in dataset.category_ids]
+    metrics = {"mAP50": percent(values)}
     if per_class:
-        # precision: [IoU thresholds, recalls, classes, areas (the first: all), most detections]
-        precision = scorer.eval["precision"]
-        names = dict(zip(dataset.category_ids, dataset.classes))
-        metrics["per_class"] = {
-            names[category]: percent(precision[:, :, k, 0, -1])
-            for k, category in enumerate(scorer.params.catIds)
-        }
+        metrics["per_class"] = dict(zip(class_keys(dataset), [percent([v]) for v in values]))
     return metrics
 
 
-def voc_average_precision(found, truths, min_iou=0.5):
-    """PASCAL VOC's average precision of one class by the rule of 2010 and later, in [0, 1].
+def voc_average_precision(results, objects, min_iou=0.5):
+    """PASCAL VOC's average precision of one class in [0, 1]; -1 if no object counts.
 
-    found: list of (image id, score, box [4]); truths: dict image id -> (boxes [N, 4], difficult [N]
-    bool), numpy, boxes x1, y1, x2, y2 in continuous pixels (VOC's inclusive corners: +1 on x2, y2).
-
-    The rule (VOC development kit, 2010): by falling score, each detection looks at the object of
-    its image that it overlaps most. IoU below 0.5: false positive. A difficult object: counts for
-    nothing. An object found before: false positive. Otherwise: true positive. AP is the area under
-    precision over recall, where precision is the best at this or any higher recall. Returns None
-    if no object counts.
+    results and objects (annotations with `difficult`) of the class, in COCO's format. The rule (VOC
+    development kit, 2010): by falling score, each detection looks at the object of its image that
+    it overlaps most. IoU below 0.5: false positive. A difficult object: counts for nothing. One
+    found before: false positive. Otherwise: true positive. AP is the whole area under precision
+    over recall, where COCO reads it at 101 recalls.
     """
-    total = sum(int((~difficult).sum()) for _, difficult in truths.values())
+    total = sum(not o["difficult"] for o in objects)
     if total == 0:
-        return None
-    taken = {image_id: np.zeros(len(boxes), bool) for image_id, (boxes, _) in truths.items()}
+        return -1
+    in_image = collections.defaultdict(list)
+    for o in objects:
+        in_image[o["image_id"]].append(o)
+    taken = set()
     hits = []
-    for image_id, _, box in sorted(found, key=lambda one: -one[1]):
-        boxes, difficult = truths.get(image_id, (np.zeros((0, 4)), None))
-        best = -1
-        if len(boxes):
-            overlap = ops.box_iou(torch.tensor([box]).double(), torch.as_tensor(boxes).double())[0]
-            best = int(overlap.argmax())
-        if best < 0 or overlap[best] < min_iou:
+    for result in sorted(results, key=lambda result: -result["score"]):
+        candidates = in_image[result["image_id"]]
+        overlaps = ops.box_iou(xyxy([result]), xyxy(candidates))[0].tolist()
+        overlap, best = max(zip(overlaps, candidates), key=lambda pair: pair[0], default=(0, None))
+        if overlap < min_iou:
             hits.append(False)
-        elif not difficult[best]:
-            hits.append(not taken[image_id][best])
-            taken[image_id][best] = True
-    true_positives = np.cumsum(hits)
-    recall = true_positives / total
-    precision = true_positives / np.arange(1, len(hits) + 1)
+        elif not best["difficult"]:
+            hits.append(best["id"] not in taken)
+            taken.add(best["id"])
+    recall = np.cumsum(hits) / total
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
     best_precision = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(recall, prepend=0) * best_precision))
 
 
-def voc_metrics(dataset, results, per_class=False):
-    """{"mAP50": mean over the classes of `voc_average_precision`, in percent}.
-
-    dataset: a VocDataset; results: as from `coco_results`, of all its images.
-    """
-    found = {category: [] for category in dataset.category_ids}
-    for result in results:
-        x, y, width, height = result["bbox"]
-        box = [x, y, x + width, y + height]
-        found[result["category_id"]].append((result["image_id"], result["score"], box))
-    truths = dataset.voc_truths()
-    precisions = {}
-    for name, category in zip(dataset.classes, dataset.category_ids):
-        precision = voc_average_precision(found[category], truths[category])
-        precisions[name] = None if precision is None else 100 * precision
-    defined = [value for value in precisions.values() if value is not None]
-    metrics = {"mAP50": sum(defined) / len(defined) if defined else None}
-    if per_class:
-        metrics["per_class"] = precisions
-    return metrics
+def xyxy(objects):
+    """Boxes [N, 4] float64 (x1, y1, x2, y2) of results or annotations in COCO's format."""
+    boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float64).reshape(-1, 4)
+    return ops.box_convert(boxes, "xywh", "xyxy")
 
 
 def format_table(metrics):
     """The result of `evaluate` as a table of text: a row for bbox, segm, ...; "-" for None."""
-    names = []
-    for row in metrics.values():
-        names += [name for name in row if name not in names and name != "per_class"]
-    lines = [" " * 9 + "".join(f"{name:>7}" for name in names)]
-    for kind, row in metrics.items():
-        cells = ["-" if row.get(name) is None else f"{row[name]:.1f}" for name in names]
-        lines.append(f"{kind:9}" + "".join(f"{cell:>7}" for cell in cells))
-    return "\n".join(lines)
-
-
-def format_classes(metrics):
-    """AP of each class as a table of text; for metrics from `evaluate(..., per_class=True)`."""
-    kinds = list(metrics)
-    classes = list(metrics[kinds[0]]["per_class"])
-    widest = max(len(name) for name in classes)
-    lines = [" " * widest + "".join(f"{kind:>11}" for kind in kinds)]
-    for name in classes:
-        values = [metrics[kind]["per_class"].get(name) for kind in kinds]
-        cells = ["-" if value is None else f"{value:.1f}" for value in values]
+    rows = {
+        kind: {k: v for k, v in row.items() if k != "per_class"} for kind, row in metrics.items()
+    }
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    widest = max(map(len, rows))
+    lines = [" " * widest + "".join(f"{column:>11}" for column in columns)]
+    for name, row in rows.items():
+        cells = ["-" if row.get(column) is None else f"{row[column]:.1f}" for column in columns]
         lines.append(f"{name:{widest}}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 
-def check_classes(model, dataset):
-    """Raise DataError, in one sentence, where the model's classes are not the data set's."""
-    known = model.config["num_classes"]
-    if known != len(dataset.category_ids):
-        raise data.DataError(
-            f"the weights are for {known} classes, the data set has {len(dataset.category_ids)}"
-        )
-    trained = model.data_settings.get("classes")
-    if trained is not None and list(trained) != list(dataset.classes):
-        raise data.DataError(
-            f"the weights are for the classes {', '.join(trained)}; "
-            f"the data set has {', '.join(dataset.classes)}"
-        )
+def format_classes(metrics):
+    """AP of each class as such a table; for metrics from `evaluate(..., per_class=True)`."""
+    rows = collections.defaultdict(dict)
+    for kind, values in metrics.items():
+        for name, value in values["per_class"].items():
+            rows[name][kind] = value
+    return format_table(rows)
 
 
-def write_json(path, value):
-    """Write a JSON file under a temporary name, renamed when complete: all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+# ---- Pictures ------------------------------------------------------------------------------------
 
-
-def detect_all(model, dataset, rank, world_size, tta, workers, progress):
-    """Yield (image id, list of `coco_results`) for each image of this process's share.
-
-    The model is in evaluation mode; arguments as of `evaluate`.
-    """
-    sizes = input_sizes(model)
-    positions = range(rank, len(dataset), world_size)
-    # One image at a time: in a batch, images are padded to the largest, and through GroupNorm the
-    # padding would make a result depend on its neighbours.
-    images = EvaluationImages(dataset, positions, None if tta else sizes)
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=data.leave_signals if workers else None,
-    )
-    bar = tqdm(total=len(dataset), unit="image", desc="evaluate", disable=not progress, leave=False)
-    # A thread pastes and encodes the masks of an image while the network looks at the next one.
-    with bar, concurrent.futures.ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for item in loader:
-            if isinstance(item, data.DataError):
-                raise item
-            position, image, height, width = item
-            detections = detect(model, image, height, width, *sizes, tta)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            image_id = dataset.image_ids[position]
-            task = (image_id, detections, height, width, dataset.category_ids)
-            waiting = image_id, thread.submit(coco_results, *task)
-            bar.update(min(world_size, len(dataset) - bar.n))
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-
-
-def evaluate(
-    model,
-    dataset,
-    out=None,
-    rank=0,
-    world_size=1,
-    tta=False,
-    workers=2,
-    per_class=False,
-    progress=True,
-):
-    """Metrics of a model on a data set, in percent; every process gets the same.
-
-    model: a MaskRCNN (not wrapped in DDP), in whatever mode; dataset: a CocoDataset or VocDataset
-    made for evaluation. Process `rank` of `world_size` takes every world_size-th image, rank 0
-    gathers and computes; with more than one, torch.distributed must be initialized. tta: test-time
-    augmentation; workers: processes that decode images; progress: a bar on rank 0.
-
-    out: a folder for `results_bbox.json`, `results_segm.json`, `results_keypoints.json` in COCO's
-    submission format: the metrics are pycocotools' on these files. They appear when complete and
-    not before; until then the results are in `results_partial_RANK.jsonl`, a line for each image.
-
-    Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "segm": the same for a model with
-    masks, "keypoints": {"AP", "AP50", "AP75", "APm", "APl"} for one with keypoints}, or for VOC
-    {"voc": {"mAP50"}}; None where there is no object to find. per_class adds {"per_class": {class:
-    AP}} to each. Raises DataError where data set and model have different classes.
-    """
-    check_classes(model, dataset)
-    kinds = ["bbox"]
-    if model.config["masks"]:
-        kinds.append("segm")
-    if model.config["keypoints"]:
-        kinds.append("keypoints")
-
-    truth = None  # read first: what is wrong with it should not be said after hours
-    if rank == 0 and not hasattr(dataset, "voc_truths"):
-        truth = dataset.coco_gt()
-    partial = None
-    if out is not None:
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            # Results of an earlier run must not pass for those of this one, should it be killed.
-            files = [out / f"results_{kind}.json" for kind in RESULT_FIELDS]
-            for stale in (*files, *out.glob("results_partial_*.jsonl")):
-                stale.unlink(missing_ok=True)
-        if world_size > 1:
-            dist.barrier()
-        partial = out / f"results_partial_{rank}.jsonl"
-
-    lines = []
-    progress = progress and rank == 0
-    opened = open(partial, "w") if partial else contextlib.nullcontext()
-    found = detect_all(model, dataset, rank, world_size, tta, workers, progress)
-    with evaluation_mode(model), opened as file, contextlib.closing(found):
-        for result in found:
-            lines.append(json.dumps(result))
-            if file:
-                file.write(lines[-1] + "\n")
-                file.flush()
-
-    # Through torch.distributed and not through files: machines need not share a file system.
-    shares = [lines] * world_size
-    if world_size > 1:
-        dist.gather_object(lines, shares if rank == 0 else None)
-    metrics = {}
-    if rank == 0:
-        by_image = dict(json.loads(line) for share in shares for line in share)
-        # In the data set's order: the files do not depend on the number of processes.
-        results = [one for image_id in dataset.image_ids for one in by_image[image_id]]
-        for kind in kinds:
-            others = [field for key, field in RESULT_FIELDS.items() if key != kind]
-            chosen = [{k: v for k, v in one.items() if k not in others} for one in results]
-            if out is not None:
-                write_json(out / f"results_{kind}.json", chosen)
-            if truth is not None:
-                metrics[kind] = coco_metrics(truth, chosen, kind, dataset, per_class)
-        if truth is None:
-            metrics["voc"] = voc_metrics(dataset, results, per_class)
-    message = [metrics]
-    if world_size > 1:
-        dist.broadcast_object_list(message)
-    if partial:
-        partial.unlink()
-    return message[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
-
-COLORS = [
-    "#ff595e", "#ffca3a", "#8ac926", "#1fa2ff", "#c77dff", "#ff924c", "#2ec4b6", "#f15bb5",
-    "#b5e48c", "#00f5d4",
-]  # fmt: skip
+COLORS = "#ff595e #ffca3a #8ac926 #1fa2ff #c77dff #ff924c #2ec4b6 #f15bb5 #b5e48c #00f5d4".split()
 SKELETON = [  # pairs of data.KEYPOINT_NAMES that a line joins
     (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12),
     (11, 12), (11, 13), (13, 15), (12, 14), (14, 16),
 ]  # fmt: skip
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-PICTURE_SIDE = 480  # pixels; smaller images are enlarged, or one could not read the names
+PICTURE_SIDES = 480, 1600  # longer side, at least and at most: names that fit, no gigabytes
+
+
+def draw(image, detections, classes=None, score=0.5):
+    """A picture of an image with its detections: masks, boxes, names with scores, keypoints.
+
+    image: [3, H, W] uint8, or float in [0, 1]; detections: as from `predict`, or masks as the model
+    gives them; classes: names of labels 1..K; score: detections below are left out. Returns uint8
+    [3, H', W'], enlarged or shrunk so that the longer side is within PICTURE_SIDES.
+    """
+    if image.is_floating_point():
+        image = (image * 255).round().to(torch.uint8)
+    size = tuple(image.shape[1:])
+    scale = min(max(max(size), PICTURE_SIDES[0]), PICTURE_SIDES[1]) / max(size)
+    height, width = (max(1, round(side * scale)) for side in size)
+    picture = data.resize_image(image.cpu(), height, width)
+    shown = {name: value[detections["scores"] >= score].cpu() for name, value in detections.items()}
+    boxes = data.resize_boxes(shown["boxes"], size, (height, width), flip=False)
+    colors = [COLORS[i % len(COLORS)] for i in range(len(boxes))]
+    if len(boxes) == 0:
+        return picture
+    if "masks" in shown:
+        if shown["masks"].is_floating_point():
+            masks = paste_masks(shown["masks"], boxes, height, width)
+        else:
+            masks = F.interpolate(shown["masks"][None].byte(), (height, width))[0].bool()
+        picture = drawing.draw_segmentation_masks(picture, masks, 0.4, colors)
+    for points, color in zip(shown.get("keypoints", []), colors):
+        points = points[None, :, :2] * torch.tensor([width / size[1], height / size[0]])
+        picture = drawing.draw_keypoints(picture, points, SKELETON, color, radius=3, width=2)
+    picture = drawing.draw_bounding_boxes(picture, boxes, colors=colors, width=2)
+
+    canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(max(12, max(height, width) // 50))
+    for i in reversed(range(len(boxes))):  # the best last, so that no other covers its name
+        name = f"{class_name(shown['labels'][i], classes)} {100 * shown['scores'][i]:.0f}%"
+        x1, y1, _, y2 = boxes[i].tolist()
+        x = max(0, min(x1, width - pen.textlength(name, font)))
+        place, anchor = (x, y1 - 2), "lb"  # above the object, which it must not cover
+        if y1 < font.size + 4:
+            place, anchor = (x, min(y2 + 2, height - font.size)), "lt"
+        pen.rectangle(pen.textbbox(place, name, font, anchor), fill=colors[i])
+        pen.text(place, name, "black", font, anchor)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def class_name(label, classes):
@@ -717,193 +683,293 @@ def class_name(label, classes):
     return classes[label - 1] if classes else f"class {label}"
 
 
-def draw(image, detections, classes=None, score=0.5):
-    """A picture of an image with its detections: masks, boxes, names with scores, keypoints.
-
-    image: [3, H, W] uint8, or float in [0, 1]; detections: as from `predict`; classes: names of
-    labels 1..K; score: detections below are left out. Returns uint8 [3, H', W'], enlarged by a
-    whole number where the image is small.
-    """
-    if image.is_floating_point():
-        image = (image * 255).round().to(torch.uint8)
-    zoom = math.ceil(PICTURE_SIDE / max(image.shape[-2:]))
-    picture = data.resize_image(image.cpu(), image.shape[-2] * zoom, image.shape[-1] * zoom)
-    kept = detections["scores"] >= score
-    count = int(kept.sum())
-    if count == 0:
-        return picture
-    colors = [COLORS[i % len(COLORS)] for i in range(count)]
-    labels = detections["labels"][kept].tolist()
-    scores = detections["scores"][kept].tolist()
-    names = [f"{class_name(k, classes)} {100 * value:.0f}%" for k, value in zip(labels, scores)]
-    if "masks" in detections:
-        masks = detections["masks"][kept]
-        masks = masks.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
-        picture = drawing.draw_segmentation_masks(picture, masks, alpha=0.4, colors=colors)
-    if "keypoints" in detections:
-        for points, color in zip(detections["keypoints"][kept], colors):
-            picture = drawing.draw_keypoints(
-                picture, zoom * points[None, :, :2], SKELETON, colors=color, radius=3, width=2
-            )
-    # The best detection is drawn last, so that its name is not covered.
-    return drawing.draw_bounding_boxes(
-        picture,
-        zoom * detections["boxes"][kept].flip(0),
-        names[::-1],
-        colors=colors[::-1],
-        width=2,
-        fill_labels=True,
-    )
-
-
 def save_picture(model, image, path, score=0.5, tta=False):
-    """Predict one image [3, H, W], write the picture of `draw` to path, return the detections."""
-    detections = predict(model, image, tta=tta)
+    """Detect objects in an image [3, H, W], write the picture of `draw`, return the detections.
+
+    Their masks stay probabilities in the box: pasted into a huge image, they would take gigabytes.
+    """
+    with evaluation_mode(model):
+        detections = detect(model, image, tuple(image.shape[1:]), tta=tta)
     picture = draw(image, detections, model.data_settings.get("classes"), score)
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
     return detections
 
 
 def save_pictures(model, dataset, out, count=8, score=0.5):
-    """Pictures `OUT/IMAGE_ID.png` of the first images of a data set; returns their paths."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    """Pictures of the first images of a data set, named after their files; returns their paths.
+
+    Pictures are an extra: where one fails, a line on stderr says so, and the next one follows.
+    """
+    images = copy.copy(dataset)
+    images.masks = images.keypoints = False
     paths = []
+    taken = set()
     for i in range(min(count, len(dataset))):
-        image, target = dataset[i]
-        paths.append(out / f"{target['image_id']}.png")
-        save_picture(model, image, paths[-1], score)
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            path = picture_path(out, dataset.record(i)["file_name"], taken)
+            save_picture(model, images[i][0], path, score)
+            paths.append(path)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"No picture of image {dataset.image_ids[i]}: {reason}", file=sys.stderr)
     return paths
 
 
+def picture_path(out, image_path, taken):
+    """OUT/NAME_detections.png for an image NAME.jpg; not one of the set `taken`."""
+    picture = Path(out, f"{Path(image_path).stem}_detections.png")
+    while picture.resolve() in taken:
+        picture = picture.with_name(f"{picture.stem}_.png")
+    taken.add(picture.resolve())
+    return picture
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    """The command line; returns the exit code: 0, 1 for bad files, 2 for bad use."""
+    return run_command("evaluate.py", run, arguments)
+
+
+def run(arguments):
+    """Do what the command line says."""
+    args = parse_arguments(arguments)
+    if args.export:
+        export(args.weights, args.export)
+        return
+    rank, _, device = start_processes(args.device)
+    model = load_model(args.weights).to(device)
+    if args.data:
+        evaluate_data(args, model, rank)
+    elif rank == 0:
+        detect_in_images(args, model)
+
+
+def parse_arguments(arguments):
+    """The command line as `make_parser` has it, with numbers in their ranges."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if not 0 <= args.score <= 1:
+        parser.error("--score must be between 0 and 1")
+    if args.workers < 0:
+        parser.error("--workers must not be negative")
+    return args
+
+
+def make_parser():
+    """The command line of this file."""
+    parser = argparse.ArgumentParser(
+        description="Test Mask R-CNN; under torchrun, --data is shared."
+    )
+    one_of = parser.add_mutually_exclusive_group(required=True).add_argument
+    one_of("--data", metavar="DIR", type=path, help="a data set: COCO's layout or VOC's devkit")
+    one_of("--images", metavar="PATH", type=path, nargs="+", help="images, or folders of images")
+    one_of("--export", metavar="FILE", type=path, help="a new file, without the optimizer's state")
+    add = parser.add_argument
+    add("--weights", metavar="FILE", type=path, required=True, help="a checkpoint of train.py")
+    add("--out", metavar="DIR", type=path, help="folder for the results or pictures")
+    add("--split", default="val2017", help="--data: which part of it (val2017)")
+    add("--tta", action="store_true", help="test-time augmentation: 18 views, about 40x the time")
+    add("--amp", action="store_true", help="bfloat16: faster on GPUs, slightly other numbers")
+    add("--per-class", action="store_true", help="--data: AP of each class, too")
+    add("--score", type=float, default=0.5, help="--images: show detections from here on (0.5)")
+    add("--workers", type=int, default=2, help="--data: image-decoding processes per GPU (2)")
+    add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
+    return parser
+
+
+def path(text):
+    """For argparse: text that is not empty, as an unset variable of a shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return text
+
+
+def evaluate_data(args, model, rank):
+    """`--data`: evaluate on a data set and print the tables on rank 0."""
+    keypoints = bool(model.config.keypoints)
+    dataset = data.open_split(args.data, args.split, masks=model.config.masks, keypoints=keypoints)
+    with lock_folder(args.out) if args.out and rank == 0 else contextlib.nullcontext():
+        metrics = evaluate(
+            model, dataset, args.out, args.tta, args.workers, args.per_class, args.amp
+        )
+    if rank == 0:
+        if args.per_class:
+            print(format_classes(metrics) + "\n")
+        print(format_table(metrics))
+        if args.out:
+            print(f"results: {args.out}/results_*.json")
+
+
+def detect_in_images(args, model):
+    """`--images`: a table of detections for each image and its picture in the folder --out."""
+    out = Path(args.out or ".")
+    out.mkdir(parents=True, exist_ok=True)
+    images = find_images(args.images)
+    taken = {image.resolve() for image in images}  # a picture must not replace an image
+    unreadable = 0
+    for image_path in images:
+        try:
+            image = data.read_image(image_path)
+        except UserError as error:
+            print(f"evaluate.py: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        picture = picture_path(out, image_path, taken)
+        with torch.autocast(device_of(model).type, torch.bfloat16, enabled=args.amp):
+            detections = save_picture(model, image, picture, args.score, args.tta)
+        print(f"{image_path} -> {picture}")
+        print(format_detections(detections, model.data_settings.get("classes"), args.score))
+    if unreadable:
+        raise UserError(f"{unreadable} of {len(images)} images could not be read, see above.")
+
+
 def find_images(paths):
-    """The image files among paths; for a folder, those in it by name. DataError where none is."""
+    """The image files among paths; for a folder, those in it by name, without earlier pictures."""
+    formats = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, name in formats if name in data.IMAGE_FORMATS}
     found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            # Pictures that an earlier run left there are not images to look at.
-            inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
-            if not inside:
-                raise data.DataError(f"there is no image in the folder {path}")
-            found += inside
-        else:
-            found.append(path)
+    for given in map(Path, paths):
+        if not given.is_dir():
+            found.append(given)
+            continue
+        inside = sorted(p for p in given.iterdir() if p.suffix.lower() in suffixes)
+        inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
+        if not inside:
+            raise UserError(f"There is no image in the folder {given}.")
+        found += inside
     return found
 
 
 def format_detections(detections, classes, score):
     """Detections with at least this score as a table of text, the best first."""
-    lines = []
+    lines = [f"  {'class':20}{'score':>6}      x1      y1      x2      y2"]
     for label, value, box in zip(*(detections[k].tolist() for k in ("labels", "scores", "boxes"))):
         if value >= score:
             corners = "".join(f"{corner:8.1f}" for corner in box)
             lines.append(f"  {class_name(label, classes):20}{value:6.2f}{corners}")
-    header = f"  {'class':20}{'score':>6}" + "".join(f"{c:>8}" for c in ("x1", "y1", "x2", "y2"))
-    return "\n".join([header, *lines]) if lines else f"  nothing with a score of at least {score}"
-
-
-# ------------------------------------------------------------------------------------------------
-# Curves: validation AP (Figures 1, 3, 4, 7) and training loss (Figure 8) against iteration
-# ------------------------------------------------------------------------------------------------
-
-# What is drawn on the left, with the style of its line.
-CURVES = {
-    ("bbox", "AP"): "-",
-    ("segm", "AP"): "--",
-    ("keypoints", "AP"): ":",
-    ("voc", "mAP50"): "-",
-}
-
-
-def read_log(run):
-    """The records (dicts) of RUN/log.jsonl. DataError, in one sentence, where it cannot be read."""
-    path = Path(run) / "log.jsonl"
-    if not path.is_file():
-        raise data.DataError(f"{run} is not the folder of a run: it has no log.jsonl")
-    lines = path.read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            # A run that is going on, or was killed, may end in half a line.
-            if number < len(lines):
-                raise data.DataError(f"{path}: line {number} is not JSON") from None
-    return records
-
-
-def smooth(values, window):
-    """Running mean of a list over up to `window` values that end at each."""
-    sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def plot(runs, output):
-    """Draw the curves of runs, overlaid, into one figure.
-
-    runs: folders with a log.jsonl of train.py; output: the figure's file, its suffix says which
-    format (.png, .svg, .pdf). On the left validation AP (boxes solid, masks dashed, keypoints
-    dotted), on the right the training loss, as a running mean over a fiftieth of the run. Raises
-    DataError where a log cannot be read, ImportError where matplotlib is not installed.
-    """
-    logs = [read_log(run) for run in runs]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, (run, records) in enumerate(zip(runs, logs)):
-        color = f"C{number}"
-        name = Path(run).resolve().name
-        for (kind, metric), style in CURVES.items():
-            points = [(r["iteration"], r[kind].get(metric)) for r in records if kind in r]
-            points = [point for point in points if point[1] is not None]
-            if points:
-                label = f"{name}, {kind}"
-                left.plot(*zip(*points), style, color=color, marker=".", label=label)
-        steps = [(r["iteration"], r["loss"]) for r in records if "loss" in r]
-        if steps:
-            iterations, losses = zip(*steps)
-            losses = smooth(losses, max(1, len(losses) // 50))
-            right.plot(iterations, losses, color=color, label=name)
-    left.set_ylabel("validation AP")
-    right.set_ylabel("training loss")
-    for axes in (left, right):
-        axes.set_xlabel("iteration")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    figure.savefig(output, dpi=120)
-
-
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
-
-
-class UsageError(ValueError):
-    """A command line that cannot be obeyed; the message is one sentence."""
+    return "\n".join(lines) if lines[1:] else f"  nothing with a score of at least {score}"
 
 
 def export(weights, output):
     """Copy a checkpoint of train.py without the optimizer's state: half the size, for sharing."""
-    checkpoint = detector.read_file(weights)
-    if "model_config" not in checkpoint:
-        raise detector.WeightsError(f"{weights} is not a checkpoint of train.py.")
+    if os.path.lexists(output):  # perhaps another checkpoint, which would lose its momentum
+        raise UserError(f"{output} exists already; give --export a new name.", code=2)
+    checkpoint = read_checkpoint(weights)
     checkpoint.pop("momentum", None)
-    temporary = Path(f"{output}.tmp")
+    with write_whole(output) as file:
+        torch.save(checkpoint, file)
+    print(output)
+
+
+# ---- Plumbing, shared with train.py and the tools: processes, lock, errors, memory ----
+
+
+def start_processes(device_name=None):
+    """(rank, world_size, device) of this process; joins those that torchrun started with it.
+
+    device_name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one. Raises UserError.
+    """
+    rank, local_rank, world_size = read_ranks()
+    device_name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(temporary, output)
-    except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(f"{output} could not be written ({str(error).splitlines()[0]})") from None
+        device = torch.device(device_name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):  # Apple's mps lacks NMS and RoIAlign in float64
+        raise UserError(f"The device {device_name} is not supported; use cuda or cpu.", code=2)
+    if device.type == "cuda":
+        index = local_rank if world_size > 1 else device.index or 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f"There is no CUDA device {index} here; use --device cpu.", code=2)
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Others wait while rank 0 computes the metrics: for a large data set, long.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return rank, world_size, device
+
+
+def read_ranks():
+    """(rank, local rank, world size) as torchrun sets them in the environment; alone: (0, 0, 1).
+
+    With a variable that something else left there, this process would wait for others, or be one
+    that writes nothing: UserError.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    said = {name: os.environ[name] for name in names if name in os.environ}
+    if not said:
+        return 0, 0, 1
+    numbers = [int(value) for value in said.values() if value.isdecimal()]
+    if len(numbers) == 3:
+        rank, local_rank, world_size = numbers
+        if local_rank <= rank < world_size and (world_size == 1 or "MASTER_ADDR" in os.environ):
+            return rank, local_rank, world_size
+    said = ", ".join(f"{name}={value}" for name, value in said.items())
+    raise UserError(
+        f"The environment variables {said} do not fit together (RANK, LOCAL_RANK, WORLD_SIZE and "
+        "MASTER_ADDR do, as torchrun sets them); unset them, or start with torchrun.",
+        code=2,
+    )
+
+
+@contextlib.contextmanager
+def lock_folder(out):
+    """Make the folder `out` and keep other runs and evaluations out of it, as long as the `with`.
+
+    The lock on OUT/.lock belongs to this process: the system frees it when the process ends, in
+    whatever way, and loading processes do not inherit it (as they would that of `flock`). Raises
+    UserError where another process has it.
+    """
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out, ".lock"), "a") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"Another run or evaluation is writing into {out}; wait for its end, or give "
+                "another --out.",
+                code=2,
+            ) from None
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
+        yield
+
+
+def run_command(name, function, arguments=None):
+    """Run function(arguments) as the command `name`; returns its exit code (None: 0).
+
+    What the user can mend becomes one line on stderr; any other exception is our mistake.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # for the imports, see the top
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(AttributeError):  # file names that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = function(arguments) or 0
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
+    except (UserError, WeightsError, ImportError) as error:
+        message, code = error, getattr(error, "code", 1)
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that may not be written to
+        file = error.filename or "a file"
+        message, code = f"{file} cannot be read or written ({error.strerror or error})", 1
+    print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
 
 
 def keep_freed_memory():
@@ -917,187 +983,6 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 2**31 - 1)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def start_processes(name=None):
-    """Rank, number of processes and device of this process; joins those that torchrun started.
-
-    name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one. Raises UsageError.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        # On Apple's mps, NMS and RoIAlign in float64 are missing.
-        raise UsageError(f"device {name} is not supported; use cuda or cpu")
-    if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"there is no CUDA device {index} here; use --device cpu")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-    if world_size > 1:
-        # The others wait while rank 0 computes the metrics: for a large data set, long.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    return rank, world_size, device
-
-
-def evaluate_command(args, model, rank, world_size):
-    """`--data`: evaluate on a data set in COCO's layout and print the tables on rank 0."""
-    dataset = data.open_split(
-        args.data, args.split, masks=model.config["masks"], keypoints=model.config["keypoints"] > 0
-    )
-    metrics = evaluate(
-        model, dataset, args.out, rank, world_size, args.tta, args.workers, args.per_class
-    )
-    if rank == 0:
-        if args.per_class:
-            print(format_classes(metrics) + "\n")
-        print(format_table(metrics))
-        if args.out:
-            print(f"results: {args.out}/results_*.json")
-
-
-def images_command(args, model):
-    """`--images`: a table of detections for each image and its picture in the folder --out."""
-    out = Path(args.out or ".")
-    out.mkdir(parents=True, exist_ok=True)
-    used = set()
-    paths = find_images(args.images)
-    unreadable = 0
-    for path in paths:
-        try:
-            image = data.read_image(path)
-        except data.DataError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        # Never the name of the image itself, nor that of another image's picture.
-        name = f"{path.stem}_detections"
-        while name in used:
-            name += "_"
-        used.add(name)
-        picture = out / f"{name}.png"
-        detections = save_picture(model, image, picture, args.score, args.tta)
-        print(f"{path} -> {picture}")
-        print(format_detections(detections, model.data_settings.get("classes"), args.score))
-    if unreadable:
-        raise data.DataError(f"{unreadable} of {len(paths)} images could not be read, see above")
-
-
-def make_parser():
-    """The command line of this file."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate Mask R-CNN, look at its detections, draw curves, share weights. With "
-        "--data also under torchrun: all processes share the images.",
-    )
-    add_job = parser.add_mutually_exclusive_group(required=True).add_argument
-    add_job(
-        "--data", metavar="DIR",
-        help="metrics on a data set in COCO's layout: DIR/annotations/instances_val2017.json "
-        "(of a keypoint model: person_keypoints_val2017.json) and DIR/val2017/",
-    )  # fmt: skip
-    add_job(
-        "--images", nargs="+", metavar="PATH",
-        help="detections in images, or folders of images, as text and as pictures",
-    )  # fmt: skip
-    add_job(
-        "--plot", nargs="+", metavar="RUN",
-        help="AP and loss of training runs (their folders), overlaid in one figure",
-    )  # fmt: skip
-    add_job(
-        "--export", metavar="FILE", help="write the weights without the optimizer's state to FILE"
-    )
-    add = parser.add_argument
-    add(
-        "--weights", metavar="FILE",
-        help="a checkpoint: it says which model, sizes and classes; needed by all but --plot",
-    )  # fmt: skip
-    add(
-        "--out", "--output", metavar="PATH",
-        help="--data: folder for the results in COCO's format (default: none are kept); --images: "
-        "folder for the pictures (default: this one); --plot: the figure's file (curves.png)",
-    )  # fmt: skip
-    add("--split", default="val2017", help="--data: which part of it (val2017)")
-    add("--tta", action="store_true", help="test-time augmentation: 18 views, about 40x the time")
-    add("--per-class", action="store_true", help="--data: AP of each class, too")
-    add("--score", type=float, default=0.5, help="--images: show detections from here on (0.5)")
-    add("--workers", type=int, default=2, help="--data: image-decoding processes per GPU (2)")
-    add(
-        "--image-mean", nargs=3, type=float, metavar=("R", "G", "B"),
-        help="what a public file does not say, see README: the pixel mean it was trained with, in "
-        "0..255 (default: that of its kind)",
-    )  # fmt: skip
-    add("--image-std", nargs=3, type=float, metavar=("R", "G", "B"), help="likewise, the deviation")
-    add("--stride-in-1x1", type=int, choices=(0, 1), help="likewise, where the stride is")
-    add("--roi-sampling-ratio", type=int, metavar="N", help="likewise, RoIAlign's (0: adaptive)")
-    add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
-    return parser
-
-
-def unsaid(args):
-    """What the command line says of a public file of weights, as arguments of `build_model`."""
-    overrides = {
-        "image_mean": args.image_mean and tuple(value / 255 for value in args.image_mean),
-        "image_std": args.image_std and tuple(value / 255 for value in args.image_std),
-        "stride_in_1x1": None if args.stride_in_1x1 is None else bool(args.stride_in_1x1),
-        "roi_sampling_ratio": args.roi_sampling_ratio,
-    }
-    return {name: value for name, value in overrides.items() if value is not None}
-
-
-def run_command(args):
-    """Do what the parsed command line says."""
-    if args.plot:
-        output = args.out or "curves.png"
-        if Path(output).suffix not in (".png", ".svg", ".pdf"):
-            raise UsageError(f"{output} must end in .png, .svg or .pdf")
-        plot(args.plot, output)
-        print(output)
-        return
-    if args.export:
-        export(args.weights, args.export)
-        print(args.export)
-        return
-
-    rank, world_size, device = start_processes(args.device)
-    try:
-        model = detector.load_model(args.weights, rank == 0, **unsaid(args)).to(device)
-        if args.data:
-            evaluate_command(args, model, rank, world_size)
-        elif rank == 0:
-            images_command(args, model)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def main(arguments=None):
-    """The command line; returns the exit code: 0, 1 for bad files, 2 for bad use."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if not args.weights and not args.plot:
-        parser.error("--weights FILE is needed")
-    if not 0 <= args.score <= 1:
-        parser.error("--score must be between 0 and 1")
-    if args.workers < 0:
-        parser.error("--workers must not be negative")
-    try:
-        run_command(args)
-    except UsageError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except (data.DataError, detector.WeightsError, ImportError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,29 +1,206 @@
-"""Mask R-CNN with FPN, written to be trained from random weights.
+"""Mask R-CNN with FPN, made to be trained from random weights.
 
 He, Girshick, Dollar, "Rethinking ImageNet Pre-training" (arXiv 1811.08883), Sec. 4 "Architecture".
 The file follows an image through the detector:
 
-  boxes and sampling -> backbone -> FPN -> RPN -> RoI heads -> MaskRCNN -> weights in and out
+  Config -> boxes, matching, sampling -> backbone -> FPN -> RPN -> RoI heads -> MaskRCNN
+  -> initialization -> checkpoints
 
 Conventions are torchvision's. Boxes are [x1, y1, x2, y2] in continuous pixel coordinates: a pixel
-is the unit square, the whole image is [0, 0, width, height] and nothing ever adds 1. Label 0 is
+is a unit square, the whole image is [0, 0, width, height], and nothing ever adds 1. Label 0 is
 background, 1..K are the classes. In shape comments, B: images of the batch, A: anchors of an image,
-G: ground-truth objects of the image that has most, P: proposals, R: RoIs of all images, K: classes.
+G: ground-truth objects of the image that has most, N: boxes of an image, P: proposals of an image,
+S: slots for samples of an image, R: RoIs of all images together, C: channels, K: classes.
 """
 
-import itertools
+import contextlib
+import dataclasses
+import functools
 import math
-import pickle
-import re
+import os
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import roi_align
 
-from norms import make_norm
+from norms import NORMS, make_norm
+
+# ------------------------------------------------------------------------------------------------
+# Every number of the detector
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every number of the detector. The defaults are the paper's R50-FPN with GN and Detectron's.
+
+    Raises ValueError, naming the field, for a value that cannot be meant (see RANGES).
+    """
+
+    backbone: str = "resnet50"  # a name in BACKBONES
+    norm: str = "gn"  # "gn", "syncbn", "bn", "frozen_bn", "none" (norms.py)
+    num_classes: int = 80  # without background
+    masks: bool = True
+    keypoints: int = 0  # how many an object has; COCO's person: 17
+    cascade: bool = False  # three box stages (Sec. 5.1 "Enhanced baselines")
+    # Of RGB images in [0, 1]: Detectron's pixel mean, and no division by a deviation.
+    image_mean: tuple = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
+    image_std: tuple = (1 / 255, 1 / 255, 1 / 255)
+
+    # Backbone and FPN
+    blocks: tuple = (3, 4, 6, 3)  # bottlenecks in res2..res5
+    groups: int = 1  # ResNeXt: cardinality
+    width_per_group: int = 64  # channels of a group in res2; they double from stage to stage
+    stem_width: int = 64  # smaller in the narrow networks of tests and of the generated data
+    stride_in_1x1: bool = False  # MSRA's weights and many of Detectron2's have it there
+    freeze_at: int = 0  # so many stages are not trained; 2 (stem, res2) for fine-tuning (Choice 9)
+    fpn_channels: int = 256
+
+    # RPN: anchors of one size for each of P2..P6
+    anchor_sizes: tuple = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))  # sqrt(area) in pixels
+    anchor_ratios: tuple = (0.5, 1.0, 2.0)  # height / width
+    rpn_pre_nms_top_n_train: int = 2000  # of each level
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 1000  # of each image (Detectron2); Detectron: 2000 of 2 images
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_nms_thresh: float = 0.7
+    rpn_fg_iou_thresh: float = 0.7  # an anchor with at least this IoU is positive,
+    rpn_bg_iou_thresh: float = 0.3  # one below this is negative, one in between is not used
+    rpn_batch_size_per_image: int = 256
+    rpn_positive_fraction: float = 0.5  # at most
+    rpn_smooth_l1_beta: float = 1 / 9  # both betas are Detectron's; Detectron2 has 0 (Choice 2)
+
+    # RoI heads
+    roi_sampling_ratio: int = 2  # Detectron; 0: as many samples as pixels (Detectron2, Choice 1)
+    box_roi_size: int = 7
+    box_head_convs: int = 4  # "4conv1fc" (Sec. 4); without a norm in the heads: 0 conv, 2 fc
+    box_head_channels: int = 256
+    box_head_fcs: int = 1
+    box_head_fc_channels: int = 1024
+    box_class_agnostic: bool = False  # one box for all classes; a cascade needs it (Choice 6)
+    box_fg_iou_thresh: float = 0.5
+    cascade_fg_iou_thresh: tuple = (0.6, 0.7)  # of stages 2 and 3
+    box_batch_size_per_image: int = 512
+    box_positive_fraction: float = 0.25  # at most
+    bbox_reg_weights: tuple = (10.0, 10.0, 5.0, 5.0)  # see encode_boxes
+    box_smooth_l1_beta: float = 1.0
+    box_score_thresh: float = 0.05
+    box_nms_thresh: float = 0.5
+    box_detections_per_img: int = 100
+    mask_roi_size: int = 14  # masks are twice as large: 28 x 28
+    mask_head_convs: int = 4
+    mask_head_channels: int = 256
+    keypoint_roi_size: int = 14  # heatmaps are four times as large: 56 x 56
+    keypoint_head_convs: int = 8
+    keypoint_head_channels: int = 512
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_setting(field.name, getattr(self, field.name), field.default)
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}.")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}.")
+        levels = 1 if self.backbone == "vgg16" else 5
+        if len(self.anchor_sizes) != levels:
+            raise ValueError(
+                f"anchor_sizes must be a tuple of {levels} tuples, one for each level of "
+                f"{self.backbone}'s features."
+            )
+        if len({len(sizes) for sizes in self.anchor_sizes}) != 1:
+            raise ValueError(
+                "anchor_sizes must have as many sizes on one level as on another, since all levels "
+                "share the RPN's convolutions."
+            )
+        if self.cascade and not self.box_class_agnostic:
+            raise ValueError(
+                "cascade needs box_class_agnostic=True: each stage hands one box per RoI to the "
+                "next."
+            )
+
+
+# What a name of a backbone changes. The paper's "ResNeXt-152 8x32d" has 8 groups of 32 (4.24 times
+# ResNet-101's multiply-adds, its "about 4x"); Detectron's pre-trained X-152 has 32 groups of 8.
+BACKBONES = {
+    "resnet50": {"blocks": (3, 4, 6, 3)},
+    "resnet101": {"blocks": (3, 4, 23, 3)},
+    "resnext101_32x8d": {"blocks": (3, 4, 23, 3), "groups": 32, "width_per_group": 8},
+    "resnext152_8x32d": {"blocks": (3, 8, 36, 3), "groups": 8, "width_per_group": 32},
+    "resnext152_32x8d": {"blocks": (3, 8, 36, 3), "groups": 32, "width_per_group": 8},
+    # Faster R-CNN without FPN and norm (Sec. 5.1 "Models without BN/GN", Choice 8): Detectron's
+    # anchors and numbers of proposals off FPN, VGG's two fc layers.
+    "vgg16": {
+        "anchor_sizes": ((64.0, 128.0, 256.0, 512.0),),
+        "rpn_pre_nms_top_n_train": 12000,
+        "rpn_post_nms_top_n_train": 2000,
+        "rpn_pre_nms_top_n_test": 6000,
+        "box_head_convs": 0,
+        "box_head_fcs": 2,
+        "box_head_fc_channels": 4096,
+        # Here images are divided by their deviation. Without it, and with no norm to rescale
+        # inputs of RMS 59, the recipe diverges within five steps from random weights (Choice 8).
+        "image_std": (58.395 / 255, 57.12 / 255, 57.375 / 255),
+    },
+}
+
+LENGTHS = {"image_mean": 3, "image_std": 3, "blocks": 4, "cascade_fg_iou_thresh": 2}
+LENGTHS |= {"bbox_reg_weights": 4}
+FRACTIONS = (
+    "image_mean", "rpn_nms_thresh", "rpn_fg_iou_thresh", "rpn_bg_iou_thresh",
+    "rpn_positive_fraction", "box_fg_iou_thresh", "cascade_fg_iou_thresh", "box_positive_fraction",
+    "box_score_thresh", "box_nms_thresh",
+)  # fmt: skip
+# The smallest and the largest value of numbers, and of the numbers in tuples. What is not here is
+# from 1 to 20,000.
+RANGES = dict.fromkeys(FRACTIONS, (0, 1)) | {
+    "keypoints": (0, 1000),
+    "image_std": (0.001, 1),
+    "blocks": (1, 100),
+    "freeze_at": (0, 5),
+    "anchor_sizes": (1, 10_000),
+    "anchor_ratios": (0.01, 100),
+    "rpn_smooth_l1_beta": (0, 100),
+    "box_smooth_l1_beta": (0, 100),
+    "roi_sampling_ratio": (0, 16),
+    "box_roi_size": (1, 64),
+    "box_head_convs": (0, 16),
+    "box_head_fcs": (0, 16),
+    "mask_roi_size": (1, 64),
+    "mask_head_convs": (0, 16),
+    "keypoint_roi_size": (1, 64),
+    "keypoint_head_convs": (0, 16),
+    "bbox_reg_weights": (0.01, 1000),
+}
+
+
+def check_setting(name, value, default):
+    """Raise ValueError, naming the field, unless `value` is in range and of the default's form.
+
+    Values also come from files, so that this ends soon for everything that a file can hold.
+    """
+    if type(default) in (bool, str):
+        if type(value) is not type(default):
+            what = "True or False" if default in (True, False) else "a string"
+            raise ValueError(f"{name} must be {what}.")
+        return
+    numbers, example, is_right = [value], default, True
+    while type(example) is tuple:
+        is_right = is_right and all(type(n) is tuple and 1 <= len(n) <= 20 for n in numbers)
+        numbers = [number for n in numbers for number in n] if is_right else []
+        example = example[0]
+    if name in LENGTHS:
+        is_right = is_right and len(numbers) == LENGTHS[name]
+    low, high = RANGES.get(name, (1, 20_000))
+    kinds = (int,) if type(example) is int else (int, float)
+    if not is_right or not all(type(n) in kinds and low <= n <= high for n in numbers):
+        kind = "whole numbers" if type(example) is int else "numbers"
+        raise ValueError(f"{name} must be of the form {default}, with {kind} from {low} to {high}.")
+
 
 # ------------------------------------------------------------------------------------------------
 # Boxes: overlap, coding, clipping
@@ -35,25 +212,34 @@ MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
 def pairwise_iou(truth, boxes):
-    """Intersection over union of ground truth [B, G, 4] and boxes [B or 1, N, 4]: [B, G, N].
+    """Intersection over union of truth [B, G, 4] with boxes [B or 1, N, 4]: [B, G, N].
 
-    Batched over images; in-place where it can be, for N is 270,000 anchors. A box without area has
-    IoU 0 with everything.
+    A box without area has IoU 0 with everything.
     """
-    t = truth[:, :, None]  # [B, G, 1, 4]
-    b = boxes[:, None]  # [B or 1, 1, N, 4]
-    width = torch.minimum(t[..., 2], b[..., 2]).sub_(torch.maximum(t[..., 0], b[..., 0]))
-    height = torch.minimum(t[..., 3], b[..., 3]).sub_(torch.maximum(t[..., 1], b[..., 1]))
-    intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (t, b)]
-    union = torch.add(areas[0], areas[1], out=height).sub_(intersection)
-    return intersection.div_(union).nan_to_num_(nan=0.0)  # 0 / 0: neither has an area
+    t, b = truth[:, :, None], boxes[:, None]  # [B, G, 1, 4], [B or 1, 1, N, 4]
+    low = torch.maximum(t[..., :2], b[..., :2])  # the left and upper corner of the intersection
+    high = torch.minimum(t[..., 2:], b[..., 2:])
+    width, height = (high - low).clamp_(min=0).unbind(dim=-1)  # [B, G, N]
+    intersection = width * height
+    union = box_areas(t) + box_areas(b) - intersection
+    return (intersection / union).nan_to_num_(nan=0.0)  # 0 / 0: neither has an area
+
+
+def box_areas(boxes):  # [..., 4] -> [...]
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def encode_boxes(truth, boxes, weights):
     """Regression targets (dx, dy, dw, dh) that turn `boxes` into `truth`; all [..., 4].
 
-    The parametrization of R-CNN; `weights` multiply the four (Detectron: BBOX_REG_WEIGHTS).
+    R-CNN's parametrization, of boxes with centre (x, y) and size (w, h), * marking the truth:
+
+        dx = wx (x* - x) / w    dy = wy (y* - y) / h    dw = ww log(w* / w)    dh = wh log(h* / h)
+
+    which does not change when image and boxes are scaled. `weights` (wx, wy, ww, wh) divide each
+    target by its usual spread, so that all four count alike in the loss: of a proposal with
+    IoU > 0.5 the centre is off by about 0.1 of the size, and the size by a factor of about e^0.2,
+    hence 10, 10, 5, 5. RPN: 1, 1, 1, 1. (Detectron: BBOX_REG_WEIGHTS)
     """
     size = boxes[..., 2:] - boxes[..., :2]
     centre = boxes[..., :2] + 0.5 * size
@@ -61,7 +247,7 @@ def encode_boxes(truth, boxes, weights):
     truth_centre = truth[..., :2] + 0.5 * truth_size
     dx, dy = ((truth_centre - centre) / size).unbind(dim=-1)
     dw, dh = torch.log(truth_size / size).unbind(dim=-1)
-    wx, wy, ww, wh = weights  # as numbers: a tensor of them would have to travel to the device
+    wx, wy, ww, wh = weights
     return torch.stack([dx * wx, dy * wy, dw * ww, dh * wh], dim=-1)
 
 
@@ -85,16 +271,84 @@ def image_limits(sizes, device):
     return limits[:, None].to(device, non_blocking=True)
 
 
+def has_area(
+    boxes,
+):  # [..., 4] -> [...] bool; False for a box with a coordinate that is not a number
+    return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+
+
+def nms(boxes, scores, groups, threshold, most):
+    """Non-maximum suppression: the up to `most` best boxes of each image that survive it.
+
+    From the best box to the worst, a box is kept unless its IoU with a better one that was kept, of
+    its own group, is above `threshold`. boxes [B, N, 4]; scores [B, N], -inf for what is no
+    candidate; groups [B, N] int64. Returns index [B, min(most, N)] into N, best first (of equal
+    scores the first), and a list: how many of them are valid in each image.
+    """
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    boxes, groups, candidate = take(boxes, order), take(groups, order), scores > -math.inf
+    # No box depends on a worse one, and on COCO the first 1,000 survivors lie among the best 1,100
+    # to 1,450 boxes: so the others are looked at only where too few survive.
+    n = scores.shape[1]
+    best = min(max(2 * most, 1000), n)
+    suppress = nms_in_rounds if boxes.is_cuda else nms_one_by_one
+    part = (x[:, :best] for x in (boxes, groups, candidate))
+    keep, settled = suppress(*part, threshold)
+    counts = keep.sum(dim=1)
+    enough = ((counts >= most) | ~candidate[:, best - 1]).all() if best < n else settled
+    done, *counts = torch.cat([(settled & enough)[None], counts]).tolist()  # waits for the device
+    if not done:
+        keep, _ = nms_one_by_one(boxes, groups, candidate, threshold)
+        counts = keep.sum(dim=1).tolist()
+    kept_first = (~keep).long().argsort(dim=1, stable=True)[:, :most]
+    return take(order, kept_first), [min(count, most) for count in counts]
+
+
+def nms_one_by_one(boxes, groups, candidate, threshold):
+    """Sorted boxes [B, N, 4], groups and candidates [B, N] to those kept [B, N] bool, and True."""
+    keep = torch.zeros_like(candidate)
+    ranks = -torch.arange(boxes.shape[1], device=boxes.device, dtype=boxes.dtype)
+    for i in range(len(boxes)):
+        for group in groups[i].unique():
+            here = ((groups[i] == group) & candidate[i]).nonzero()[:, 0]
+            keep[i, here[torchvision.ops.nms(boxes[i, here], ranks[here], threshold)]] = True
+    return keep, torch.ones_like(keep[0, 0])
+
+
+def nms_in_rounds(boxes, groups, candidate, threshold, rounds=16):
+    """The same without going through the boxes, and waiting for the device in each group.
+
+    "Kept unless a kept one suppresses it" is repeated, from "all are kept" on, until nothing
+    changes. The best box is right from the start, and each round makes right at least the next one;
+    on COCO 3 to 10 rounds do for all. Returns also whether nothing changed in the last round.
+    """
+    suppresses = (pairwise_iou(boxes, boxes) > threshold) & (groups[:, :, None] == groups[:, None])
+    suppresses = suppresses.triu(diagonal=1)  # [B, N, N]: the better box, the worse one
+    keep = candidate
+    for _ in range(rounds):
+        before = keep
+        keep = candidate & ~(suppresses & before[:, :, None]).any(dim=1)
+    return keep, (keep == before).all()
+
+
 # ------------------------------------------------------------------------------------------------
 # Matching and sampling
 # ------------------------------------------------------------------------------------------------
 
 
-def pad_targets(targets, device):
-    """Targets of a batch as padded tensors: boxes [B, G, 4], labels [B, G], valid [B, G] bool.
+class Truth(NamedTuple):
+    """The objects of a batch, padded to G objects an image."""
 
-    G is at least 1, so that a batch without any object needs no case of its own. A box without
-    area is not valid: there is no regression from or to it.
+    boxes: torch.Tensor  # [B, G, 4]
+    labels: torch.Tensor  # [B, G] int64
+    present: torch.Tensor  # [B, G] bool; False for padding
+    valid: torch.Tensor  # [B, G] bool; False also for a box without area: it has no regression
+
+
+def pad_targets(targets, device):
+    """Targets of a batch (see `MaskRCNN.forward`) as Truth.
+
+    G is at least 1, so that a batch without any object needs no case of its own.
     """
     most = max([1] + [len(t["boxes"]) for t in targets])
     boxes = torch.zeros(len(targets), most, 4, device=device)
@@ -103,42 +357,65 @@ def pad_targets(targets, device):
         n = len(target["boxes"])
         boxes[i, :n] = target["boxes"]
         labels[i, :n] = target["labels"]
-    return boxes, labels, (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+    counts = torch.tensor([[len(t["boxes"])] for t in targets])  # [B, 1]
+    present = (torch.arange(most) < counts).to(device, non_blocking=True)
+    return Truth(boxes, labels, present, has_area(boxes))
+
+
+def match_boxes(truth, boxes, threshold):
+    """Boxes [B, N, 4] to the object that each overlaps most: its index [B, N] and label [B, N].
+
+    The label is 0, background, where the IoU is below the threshold.
+    """
+    iou = pairwise_iou(truth.boxes, boxes).masked_fill_(~truth.valid[..., None], -1)  # [B, G, N]
+    best, matched = iou.max(dim=1)
+    return matched, torch.where(best >= threshold, take(truth.labels, matched), 0)
 
 
 def sampling_seeds(targets, device):
-    """An int64 seed per image [B]: the target's "seed", or torch's generator where it has none."""
+    """An int64 seed for each image [B]: the target's "seed", or torch's generator if it has none.
+
+    The seed's route: data.image_seed makes it of (seed of the run, iteration, position in the
+    batch); it travels in the target; `sample` makes of it the numbers below.
+    """
     seeds = [t["seed"] if "seed" in t else int(torch.randint(2**62, ())) for t in targets]
     return torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True)
 
 
+# An image's anchors and its RoIs are drawn from the same seed, with one of these added.
+SALT_ANCHORS, SALT_ROIS = 1, 2
+
+
 def random_keys(seeds, n, salt):
-    """[B, n] int64 keys in 1..2^32, as a function of (seed of the image, salt, position) alone.
+    """Uniform int64 numbers [B, n] in 1..2^32, a function of (seed [B], salt, position) alone.
 
-    0 is left to `sample`, for what is no candidate.
-
-    A counter-based generator: an integer hash (two rounds of multiply and xor-shift) of the
-    position. No state, hence the same on every device, for every number of workers and after a
-    resume.
+    A counter-based generator, as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3":
+    it hashes the position. It has no state, and hence is the same on every device, for every number
+    of workers, and after a resume. The hash of 32 bits is C. Wellons's lowbias32 ("Prospecting for
+    hash functions", nullprogram.com, 2018) with shifts of 16 bits; 0x9E3779B9 is 2^32 / the golden
+    ratio, the step of Knuth's multiplicative hashing; 0x632BE5AB keeps the salts apart.
     """
-    mask = 0xFFFFFFFF
+    mask = 0xFFFFFFFF  # the arithmetic is modulo 2^32
     start = (seeds ^ (seeds >> 32)) + salt * 0x632BE5AB
-    x = (start[:, None] + torch.arange(n, device=seeds.device) * 0x9E3779B9).bitwise_and_(mask)
+    x = (start[:, None] + torch.arange(n, device=seeds.device) * 0x9E3779B9) & mask
     for multiplier in (0x7FEB352D, 0x846CA68B):
-        x.bitwise_xor_(x >> 16).mul_(multiplier).bitwise_and_(mask)
-    return x.bitwise_xor_(x >> 16).add_(1)
+        x = ((x ^ (x >> 16)) * multiplier) & mask
+    return (x ^ (x >> 16)) + 1
 
 
 def sample(labels, batch_size, positive_fraction, seeds, salt):
-    """Choose up to `batch_size` candidates per image, at most `positive_fraction` of them positive.
+    """Choose up to `batch_size` candidates of each image, at most `positive_fraction` positive.
 
-    labels: [B, N] int64; > 0 positive, 0 negative, < 0 never chosen. Positives that are missing
-    are made up for by negatives. Returns index [B, S] into N and valid [B, S] bool, at most
-    `batch_size` of them True: S has slots for the most positives and for `batch_size` negatives, so
-    that shapes are static and nothing waits for the device.
+    labels: [B, N] int64; > 0 positive, 0 negative, < 0 never chosen. Negatives make up for missing
+    positives; both are drawn without replacement (Choice 10: Detectron's negatives with).
+
+    Returns index [B, S] into N and valid [B, S] bool, at most `batch_size` of them True. S has
+    slots for the most positives and then for `batch_size` negatives: shapes are static, so that
+    nothing waits for the device.
     """
     keys = random_keys(seeds, labels.shape[1], salt)
     most_positive = min(int(batch_size * positive_fraction), labels.shape[1])
+    # The candidates with the largest keys are chosen; a key of 0 marks what is none.
     key, positive = torch.where(labels > 0, keys, 0).topk(most_positive)
     positive_valid = key > 0
     key, negative = torch.where(labels == 0, keys, 0).topk(min(batch_size, labels.shape[1]))
@@ -155,25 +432,9 @@ def take(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
-def nms_mask(boxes, scores, groups, valid, threshold):
-    """Non-maximum suppression of all images and groups in one call: bool [B, N], True for the kept.
-
-    boxes [B, N, 4], scores [B, N], groups [N] (boxes of different groups or images never suppress
-    one another), valid [B, N] bool: the others are left out.
-    """
-    image = torch.arange(len(boxes), device=boxes.device)[:, None]
-    group = image * (groups.max() + 1) + groups
-    candidates = valid.flatten().nonzero()[:, 0]
-    # batched_nms may move the groups apart by an offset, which in float32 would round the boxes.
-    kept = batched_nms(
-        boxes.flatten(0, 1)[candidates].double(),
-        scores.flatten()[candidates].double(),
-        group.flatten()[candidates],
-        threshold,
-    )
-    mask = torch.zeros_like(valid.flatten())
-    mask[candidates[kept]] = True
-    return mask.view_as(valid)
+def true_positions(mask, count):
+    """Positions of the `count` True in the flattened mask; nonzero() would wait for the count."""
+    return (~mask).flatten().long().argsort(stable=True)[:count]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -182,7 +443,7 @@ def nms_mask(boxes, scores, groups, valid, threshold):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, normalization, and ReLU unless `relu=False`.
+    """Convolution, normalization, and ReLU unless `relu=False` (Sec. 3.1).
 
     A convolution that is followed by a normalization has no bias: the norm would remove it.
     """
@@ -195,7 +456,7 @@ class ConvNorm(nn.Module):
         self.norm = make_norm(norm, outputs)
         self.relu = relu
 
-    def forward(self, x):
+    def forward(self, x):  # [N, C, H, W] -> [N, C', H / stride, W / stride]
         x = self.norm(self.conv(x))
         return x.relu_() if self.relu else x
 
@@ -216,7 +477,7 @@ class Bottleneck(nn.Module):
         self.conv2 = ConvNorm(width, width, 3, norm, stride_3x3, groups)
         self.conv3 = ConvNorm(width, outputs, 1, norm, relu=False)
 
-    def forward(self, x):
+    def forward(self, x):  # [B, inputs, H, W] -> [B, outputs, H / stride, W / stride]
         shortcut = x if self.shortcut is None else self.shortcut(x)
         x = self.conv3(self.conv2(self.conv1(x)))
         return x.add_(shortcut).relu_()
@@ -228,6 +489,10 @@ class Backbone(nn.Module):
     `freeze_at` counts as Detectron's FREEZE_AT does: 1 is the stem, 2 is stem and res2. From random
     weights it must be 0: frozen random layers cost 3.3 AP (R50, 3x).
     """
+
+    # ResNet: compute stem and res2 again in the backward pass instead of keeping their maps, which
+    # are a quarter of the memory of a training step, and 2 % of its multiplications.
+    recompute = False
 
     def freeze(self, stages, freeze_at):
         self.frozen = stages[:freeze_at]
@@ -242,84 +507,88 @@ class Backbone(nn.Module):
 
 
 class ResNet(Backbone):
-    """ResNet or ResNeXt; returns res2..res5, at strides 4, 8, 16, 32.
+    """ResNet or ResNeXt (`config`: blocks, groups, width_per_group, stem_width, ...); res2..res5.
 
-    `blocks`: bottlenecks of each of the four stages. `groups` is the same in all of them,
-    `width_per_group` is res2's and doubles from stage to stage (1 and 64 for ResNet; 32 and 8 for
-    ResNeXt 32x8d). `stem_width`, 64 in every published model, sets the stem and the outputs of the
-    stages, 4, 8, 16 and 32 times it; a narrow network has a smaller `width_per_group` as well.
+    Stage i has 4, 8, 16, 32 times `stem_width` channels, at strides 4, 8, 16, 32.
     """
 
-    def __init__(self, blocks, groups, width_per_group, stem_width, norm, freeze_at, stride_in_1x1):
+    def __init__(self, config):
         super().__init__()
+        self.config = config
         self.strides = [4, 8, 16, 32]
-        self.stem = ConvNorm(3, stem_width, 7, norm, stride=2)
-        inputs = stem_width
+        self.stem = ConvNorm(3, config.stem_width, 7, config.norm, stride=2)
         self.channels = []
-        for i, count in enumerate(blocks):
-            outputs = stem_width * 4 * 2**i
-            width = groups * width_per_group * 2**i
+        inputs = config.stem_width
+        for i, blocks in enumerate(config.blocks):
+            outputs = config.stem_width * 4 * 2**i
+            width = config.groups * config.width_per_group * 2**i
             stage = nn.Sequential()
-            for j in range(count):
+            for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
-                block = Bottleneck(inputs, width, outputs, norm, stride, groups, stride_in_1x1)
+                block = Bottleneck(
+                    inputs, width, outputs, config.norm, stride, config.groups, config.stride_in_1x1
+                )
                 stage.append(block)
                 inputs = outputs
             setattr(self, f"res{i + 2}", stage)
             self.channels.append(outputs)
-        self.freeze([self.stem, self.res2, self.res3, self.res4, self.res5], freeze_at)
-        # The maps of stem and res2 are a quarter of the memory of a training step and 2 % of its
-        # work: rather than kept, they are computed again in the backward pass. Not with statistics
-        # of the batch, which would then be taken twice.
-        self.recompute = norm in ("gn", "none")
+        stages = [self.stem, self.res2, self.res3, self.res4, self.res5]
+        self.freeze(stages, config.freeze_at)
 
     def forward(self, x):  # [B, 3, H, W]
-        if self.training and self.recompute:
+        # (Statistics of a batch would be taken twice.)
+        if self.training and self.recompute and self.config.norm not in ("bn", "syncbn"):
             res2 = checkpoint(self.to_res2, x, use_reentrant=False, preserve_rng_state=False)
         else:
-            res2 = self.to_res2(x)
-        res3 = self.res3(res2)
-        res4 = self.res4(res3)
-        return [res2, res3, res4, self.res5(res4)]
+            res2 = self.to_res2(x)  # [B, 256, H / 4, W / 4]
+        res3 = self.res3(res2)  # [B, 512, H / 8, W / 8]
+        res4 = self.res4(res3)  # [B, 1024, H / 16, W / 16]
+        res5 = self.res5(res4)  # [B, 2048, H / 32, W / 32]
+        return [res2, res3, res4, res5]
 
     def to_res2(self, x):
-        x = F.max_pool2d(self.stem(x), kernel_size=3, stride=2, padding=1)
+        x = self.stem(x)  # [B, 64, H / 2, W / 2]
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # [B, 64, H / 4, W / 4]
         return self.res2(x)
 
 
 class VGG16(Backbone):
-    """VGG-16 up to conv5_3 at stride 16, its only level (Sec. 5.1 "Models without BN/GN")."""
+    """VGG-16 up to conv5_3 at stride 16, its only level (Sec. 5.1 "Models without BN/GN").
 
-    def __init__(self, stem_width, norm, freeze_at):
+    From random weights all of it is trained (Choice 8; Detectron's VGG stops gradients at pool2).
+    """
+
+    def __init__(self, config):
         super().__init__()
         self.strides = [16]
-        self.channels = [8 * stem_width]
+        self.channels = [8 * config.stem_width]
         inputs = 3
         for i, (count, multiple) in enumerate([(2, 1), (2, 2), (3, 4), (3, 8), (3, 8)]):
             stage = nn.Sequential()
             for _ in range(count):
-                stage.append(ConvNorm(inputs, multiple * stem_width, 3, norm))
-                inputs = multiple * stem_width
+                stage.append(ConvNorm(inputs, multiple * config.stem_width, 3, config.norm))
+                inputs = multiple * config.stem_width
             setattr(self, f"conv{i + 1}", stage)
-        self.freeze([self.conv1, self.conv2, self.conv3, self.conv4, self.conv5], freeze_at)
+        stages = [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
+        self.freeze(stages, config.freeze_at)
 
     def forward(self, x):  # [B, 3, H, W]
-        x = self.conv1(x)
+        x = self.conv1(x)  # [B, 64, H, W]
         for stage in (self.conv2, self.conv3, self.conv4, self.conv5):
             x = stage(F.max_pool2d(x, 2))
-        return [x]
+        return [x]  # [B, 512, H / 16, W / 16]
 
 
 # ------------------------------------------------------------------------------------------------
-# FPN (Lin et al., CVPR 2017)
+# FPN
 # ------------------------------------------------------------------------------------------------
 
 
 class FPN(nn.Module):
-    """res2..res5 to P2..P6, all with `channels` channels.
+    """res2..res5 to P2..P6, all with `channels` channels (Lin et al., CVPR 2017).
 
     With "gn", "syncbn" or "bn" the lateral and the output convolutions are normalized, without
-    ReLU. P6, for the RPN's largest anchors, is every second pixel of the (normalized) P5.
+    ReLU. P6, for the RPN's largest anchors, is every second pixel of the normalized P5.
     """
 
     def __init__(self, inputs, channels, norm):
@@ -328,14 +597,14 @@ class FPN(nn.Module):
         output = [ConvNorm(channels, channels, 3, norm, relu=False) for _ in inputs]
         self.lateral, self.output = nn.ModuleList(lateral), nn.ModuleList(output)
 
-    def forward(self, levels):  # res2..res5
-        top_down = self.lateral[-1](levels[-1])
-        pyramid = [self.output[-1](top_down)]
+    def forward(self, levels):  # res2..res5: [B, 256..2048, H / 4..32, W / 4..32]
+        top_down = self.lateral[-1](levels[-1])  # [B, 256, H / 32, W / 32]
+        pyramid = [self.output[-1](top_down)]  # P5
         for i in reversed(range(len(levels) - 1)):
             upsampled = F.interpolate(top_down, scale_factor=2, mode="nearest")
             top_down = self.lateral[i](levels[i]) + upsampled
-            pyramid.insert(0, self.output[i](top_down))
-        return pyramid + [pyramid[-1][:, :, ::2, ::2]]
+            pyramid.insert(0, self.output[i](top_down))  # P4, P3, P2
+        return pyramid + [pyramid[-1][:, :, ::2, ::2]]  # P2..P6: [B, 256, H / 4..64, W / 4..64]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -343,17 +612,18 @@ class FPN(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=32)  # 270,000 boxes for an image of 800 x 1333: 4 MB
 def make_anchors(shapes, strides, sizes, ratios, device):
-    """Anchors of one image per level: list of [h * w * len(sizes) * len(ratios), 4].
+    """Anchors of one image for each level: a list of [h * w * len(sizes) * len(ratios), 4].
 
-    shapes: (h, w) of each level; sizes: a tuple of sqrt(area) in pixels per level; ratios: h / w.
-    Centred on (x * stride, y * stride), unrounded, and kept when they cross the image border, as
-    in Detectron2. Order: row, column, size, ratio.
+    shapes: (h, w) of each level; sizes: sqrt(area) in pixels of each level; ratios: h / w; tuples.
+    Centred on (x * stride, y * stride), unrounded, and kept when they cross the image border
+    (Choice 1, Detectron2). Order: row, column, size, ratio.
     """
     anchors = []
     for (h, w), stride, level_sizes in zip(shapes, strides, sizes):
         wh = [(s / math.sqrt(r), s * math.sqrt(r)) for s in level_sizes for r in ratios]
-        half = torch.tensor(wh).to(device, non_blocking=True) / 2  # [cell, 2]
+        half = torch.tensor(wh).to(device, non_blocking=True) / 2  # [sizes * ratios, 2]
         y, x = (torch.arange(n, device=device) * stride for n in (h, w))
         y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x, y], dim=-1).view(-1, 1, 2)  # [h * w, 1, 2]
@@ -368,90 +638,110 @@ class RPN(nn.Module):
         super().__init__()
         self.config = config
         self.strides = strides
-        cell = len(config["anchor_sizes"][0]) * len(config["anchor_ratios"])
+        per_location = len(config.anchor_sizes[0]) * len(config.anchor_ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness = nn.Conv2d(channels, cell, 1)
-        self.deltas = nn.Conv2d(channels, cell * 4, 1)
+        self.objectness = nn.Conv2d(channels, per_location, 1)
+        self.deltas = nn.Conv2d(channels, per_location * 4, 1)
 
     def forward(self, features):
-        """Per level: objectness logits [B, A_l], box deltas [B, A_l, 4], anchors [A_l, 4]."""
+        """For each level: objectness logits [B, A_l], box deltas [B, A_l, 4], anchors [A_l, 4]."""
         objectness, deltas = [], []
-        for level in features:
+        for level in features:  # [B, C, h, w]
             x = self.conv(level).relu_()
-            objectness.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
-            level_deltas = self.deltas(x).permute(0, 2, 3, 1)  # [B, h, w, cell * 4]
-            deltas.append(level_deltas.reshape(len(x), -1, 4).float())
-        shapes = [level.shape[-2:] for level in features]
-        sizes, ratios = self.config["anchor_sizes"], self.config["anchor_ratios"]
-        anchors = make_anchors(shapes, self.strides, sizes, ratios, features[0].device)
+            # In float32 under autocast too: bfloat16 would give many anchors the same logit.
+            with torch.autocast(x.device.type, enabled=False):
+                level_objectness = self.objectness(x.float())  # [B, 3, h, w]
+                level_deltas = self.deltas(x.float()).permute(0, 2, 3, 1)  # [B, h, w, 3 * 4]
+            objectness.append(level_objectness.permute(0, 2, 3, 1).flatten(1))
+            deltas.append(level_deltas.reshape(len(x), -1, 4))
+        shapes = tuple(tuple(level.shape[-2:]) for level in features)
+        sizes, ratios = self.config.anchor_sizes, self.config.anchor_ratios
+        anchors = make_anchors(shapes, tuple(self.strides), sizes, ratios, features[0].device)
         return objectness, deltas, anchors
 
     @torch.no_grad()
     def proposals(self, objectness, deltas, anchors, sizes):
-        """Boxes [B, P, 4] in order of objectness, and which of them are valid [B, P].
+        """Boxes [B, P, 4], best first, and which of them are valid [B, P].
 
         P is the same for all images. sizes: (h, w) of the unpadded images, for clipping.
         """
-        mode = "train" if self.training else "test"
-        before = self.config[f"rpn_pre_nms_top_n_{mode}"]
-        after = self.config[f"rpn_post_nms_top_n_{mode}"]
-        boxes, scores, levels = [], [], []
-        for level_objectness, level_deltas, level_anchors in zip(objectness, deltas, anchors):
-            score, index = level_objectness.topk(min(before, level_objectness.shape[1]))
-            chosen = take(level_deltas, index)
-            boxes.append(decode_boxes(chosen, level_anchors[index], (1.0, 1.0, 1.0, 1.0)))
-            levels.append(torch.full_like(index[0], len(scores)))
+        c = self.config
+        before, after = c.rpn_pre_nms_top_n_test, c.rpn_post_nms_top_n_test
+        if self.training:
+            before, after = c.rpn_pre_nms_top_n_train, c.rpn_post_nms_top_n_train
+        # 1) the best anchors of each level, as indices into all levels together
+        scores, index, levels = [], [], []
+        start = 0
+        for i, level_objectness in enumerate(objectness):
+            score, best = level_objectness.topk(min(before, level_objectness.shape[1]))
             scores.append(score)
-        scores = torch.cat(scores, dim=1)
-        boxes = clip_boxes(torch.cat(boxes, dim=1), image_limits(sizes, scores.device))
-        # A box outside the image is clipped to nothing; one that is not a number compares as False.
-        valid = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-        kept = nms_mask(boxes, scores, torch.cat(levels), valid, self.config["rpn_nms_thresh"])
-        score, index = scores.masked_fill(~kept, -math.inf).topk(min(after, scores.shape[1]))
-        return take(boxes, index), score > -math.inf
+            index.append(best + start)
+            levels.append(torch.full_like(best, i))
+            start += level_objectness.shape[1]
+        scores, index, levels = (torch.cat(x, dim=1) for x in (scores, index, levels))  # [B, N]
+        # 2) their boxes
+        deltas = take(torch.cat(deltas, dim=1), index)  # [B, N, 4]
+        boxes = decode_boxes(deltas, torch.cat(anchors)[index], (1.0, 1.0, 1.0, 1.0))
+        boxes = clip_boxes(boxes, image_limits(sizes, boxes.device))
+        # A box outside the image is clipped to nothing. (Detectron also drops boxes whose centre is
+        # outside the image: Choice 10.)
+        scores = scores.masked_fill(~has_area(boxes), -math.inf)
+        # 3) those that survive NMS, which leaves levels alone with one another
+        index, counts = nms(boxes, scores, levels, c.rpn_nms_thresh, after)
+        valid = torch.arange(index.shape[1]) < torch.tensor(counts)[:, None]
+        return take(boxes, index), valid.to(boxes.device, non_blocking=True)
 
-    def losses(self, objectness, deltas, anchors, truth, truth_valid, seeds):
-        """loss_objectness and loss_rpn_box_reg, both divided by 256 * images (of this process)."""
+    def losses(self, objectness, deltas, anchors, truth, seeds):
+        """loss_objectness and loss_rpn_box_reg of 256 anchors an image, scalars."""
         c = self.config
         objectness, deltas = torch.cat(objectness, dim=1), torch.cat(deltas, dim=1)
         anchors = torch.cat(anchors)
         with torch.no_grad():
-            matched, labels = self.match(anchors, truth, truth_valid)
-            batch_size, fraction = c["rpn_batch_size_per_image"], c["rpn_positive_fraction"]
-            index, valid = sample(labels, batch_size, fraction, seeds, salt=1)
+            matched, labels = self.match(anchors, truth)
+            batch_size, fraction = c.rpn_batch_size_per_image, c.rpn_positive_fraction
+            index, valid = sample(labels, batch_size, fraction, seeds, SALT_ANCHORS)  # [B, S]
             positive = take(labels, index).eq(1) & valid
             # Slots that are not positive get their own anchor as target: finite, and then masked.
-            boxes = anchors[index]
-            box_truth = take(truth, take(matched, index))  # [B, S, 4]
+            boxes = anchors[index]  # [B, S, 4]
+            box_truth = take(truth.boxes, take(matched, index))
             box_truth = torch.where(positive[..., None], box_truth, boxes)
             box_targets = encode_boxes(box_truth, boxes, (1.0, 1.0, 1.0, 1.0))
-        logits = take(objectness, index)
+        logits = take(objectness, index)  # [B, S]
         loss = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
-        box_loss = F.smooth_l1_loss(
-            take(deltas, index), box_targets, reduction="none", beta=c["rpn_smooth_l1_beta"]
-        )
-        denominator = batch_size * len(truth)  # 256 anchors an image, also where fewer were drawn
+        box_loss = smooth_l1(take(deltas, index), box_targets, c.rpn_smooth_l1_beta)  # [B, S, 4]
+        # Both are divided by 256 anchors an image, also where fewer were drawn.
+        denominator = batch_size * len(index)
         return {
             "loss_objectness": (loss * valid).sum() / denominator,
             "loss_rpn_box_reg": (box_loss * positive[..., None]).sum() / denominator,
         }
 
-    def match(self, anchors, truth, truth_valid):
-        """For anchors [A, 4]: index of the best object [B, A], label [B, A]: 1, 0, -1 (ignored).
+    def match(self, anchors, truth):
+        """For anchors [A, 4]: index of the best object [B, A], label [B, A]: 1, 0, -1 (not used).
 
-        Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more (Faster R-CNN's
-        "low-quality matches"). Such an anchor still regresses to the object that it overlaps most
-        itself, which may be another one (Detectron, Detectron2). Negative: below 0.3 with all.
+        Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more. Without these
+        "low-quality matches" (Faster R-CNN, Sec. 3.1.2) an object of a shape between the anchors'
+        would have no anchor at all. Such an anchor still regresses to the object that it overlaps
+        most itself, which may be another one (Detectron, Detectron2). Negative: below 0.3 with all.
         """
-        iou = pairwise_iou(truth, anchors[None])  # [B, G, A]
-        iou.masked_fill_(~truth_valid[..., None], -1)
+        iou = pairwise_iou(truth.boxes, anchors[None])  # [B, G, A]
+        iou.masked_fill_(~truth.valid[..., None], -1)
         best, matched = iou.max(dim=1)
         labels = torch.full_like(matched, -1)
-        labels[best < self.config["rpn_bg_iou_thresh"]] = 0
-        labels[best >= self.config["rpn_fg_iou_thresh"]] = 1
+        labels[best < self.config.rpn_bg_iou_thresh] = 0
+        labels[best >= self.config.rpn_fg_iou_thresh] = 1
         highest = iou.max(dim=2, keepdim=True).values.clamp_(min=1e-6)  # [B, G, 1]
         labels[(iou >= highest).any(dim=1)] = 1
         return matched, labels
+
+
+def smooth_l1(x, target, beta):
+    """0.5 d^2 / beta where d = |x - target| < beta, d - 0.5 beta elsewhere; of each element.
+
+    Around 0 the gradient falls with the error; beyond beta it is 1, however far off a box is. RPN
+    targets are not divided by their spread as the box head's are, so that its beta is smaller.
+    """
+    return F.smooth_l1_loss(x, target, reduction="none", beta=beta)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -459,21 +749,33 @@ class RPN(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-def to_rois(boxes, valid=None):
-    """RoIs [R, 5], (image, x1, y1, x2, y2), from a list of [N, 4] or from [B, P, 4] and valid."""
-    if valid is not None:
-        image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-        image = image[:, None, None].expand(-1, boxes.shape[1], 1)
-        return torch.cat([image, boxes], dim=2)[valid]
-    return torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
+def roi_levels(boxes, strides):
+    """The index of the level that each box [..., 4] is pooled from: [...] int64.
+
+    A box of 224^2 pixels, ImageNet's crop, goes to P4, one of half that side to P3, and so on:
+    k = floor(4 + log2(sqrt(w h) / 224)), clipped to P2..P5 (Eq. 1 of the FPN paper).
+    """
+    side = box_areas(boxes).clamp(min=0).sqrt()
+    level = torch.floor(4 + torch.log2(side / 224 + 1e-8))  # 1e-8: an empty box has no log
+    lowest, highest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
+    return level.clamp(lowest, highest).long() - lowest
 
 
-def pool(features, strides, rois, size, sampling_ratio):
+def count_by_level(levels, mask, strides):
+    """How many of the boxes in `mask` each image has on each level: [B, levels] int64."""
+    on_level = levels[..., None] == torch.arange(len(strides), device=levels.device)
+    return (on_level & mask[..., None]).sum(dim=1)
+
+
+def multilevel_roi_align(features, strides, rois, size, sampling_ratio, counts=None):
     """RoIAlign over levels: [R, C, size, size] from P2..P5 (or one level) and rois [R, 5].
 
-    An RoI of 224^2 pixels, ImageNet's crop, goes to P4, one of half that side to P3, and so on
-    (Eq. 1 of the FPN paper). One call of RoIAlign per level for all images; pixel centres are at
-    half-integers (`aligned`).
+    RoIAlign (Mask R-CNN, Sec. 3) divides a box into size x size bins and averages each over
+    sampling_ratio^2 points (0: as many as the bin has pixels), which it interpolates between the
+    four pixels around a point. Nothing is rounded to whole pixels. `aligned`: the value of pixel i
+    is that at i + 1/2, its centre, as everywhere in this file.
+
+    counts: how many RoIs each level has, a list; without it, this waits for the device to count.
     """
 
     def align(feature, rois, stride):
@@ -481,104 +783,113 @@ def pool(features, strides, rois, size, sampling_ratio):
 
     if len(features) == 1:
         return align(features[0], rois, strides[0])
-    side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
-    lowest, highest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
-    level = torch.floor(4 + torch.log2(side / 224 + 1e-8))  # 1e-8: an empty box has no log
-    level = level.clamp(lowest, highest) - lowest
+    level = roi_levels(rois[:, 1:], strides)
     order = level.argsort(stable=True)
-    levels = torch.arange(len(features), device=level.device)
-    counts = (level[:, None] == levels).sum(dim=0).tolist()
-    pooled = [align(f, r, s) for f, r, s in zip(features, rois[order].split(counts), strides)]
-    return torch.cat(pooled)[order.argsort()]
+    if counts is None:
+        counts = count_by_level(level[None], torch.ones_like(level[None]).bool(), strides)[
+            0
+        ].tolist()
+    sorted_rois = rois[order].split(counts)
+    pooled = [align(f, r, stride) for f, r, stride in zip(features, sorted_rois, strides)]
+    return torch.cat(pooled).index_select(0, order.argsort())
+
+
+def to_rois(boxes):
+    """A list of [N, 4], one for each image, as RoIs [R, 5]: (image, x1, y1, x2, y2)."""
+    return torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
 
 
 class BoxHead(nn.Module):
     """Pooled RoIs to class logits [R, K + 1] and box deltas [R, K or 1, 4].
 
-    4 conv 3x3 + 1 fc where there is a norm ("4conv1fc" of the GN paper), 2 fc where there is none.
+    4 conv 3x3 + 1 fc where there is a norm ("4conv1fc", Sec. 4 "Architecture" and the GN paper), 2
+    fc where there is none. The classifier is a softmax over the classes and background.
     """
 
     def __init__(self, config, channels, norm):
         super().__init__()
         self.convs = nn.Sequential()
-        for _ in range(config["box_head_convs"]):
-            self.convs.append(ConvNorm(channels, config["box_head_channels"], 3, norm))
-            channels = config["box_head_channels"]
-        width = channels * config["box_roi_size"] ** 2
+        for _ in range(config.box_head_convs):
+            self.convs.append(ConvNorm(channels, config.box_head_channels, 3, norm))
+            channels = config.box_head_channels
+        width = channels * config.box_roi_size**2
         self.fcs = nn.ModuleList()
-        for _ in range(config["box_head_fcs"]):
-            self.fcs.append(nn.Linear(width, config["box_head_fc_channels"]))
-            width = config["box_head_fc_channels"]
-        regressors = 1 if config["box_class_agnostic"] else config["num_classes"]
-        self.classifier = nn.Linear(width, config["num_classes"] + 1)
+        for _ in range(config.box_head_fcs):
+            self.fcs.append(nn.Linear(width, config.box_head_fc_channels))
+            width = config.box_head_fc_channels
+        regressors = 1 if config.box_class_agnostic else config.num_classes
+        self.classifier = nn.Linear(width, config.num_classes + 1)
         self.regressor = nn.Linear(width, regressors * 4)
 
     def forward(self, x):  # [R, C, 7, 7]
-        x = self.convs(x).flatten(1)
+        x = self.convs(x).flatten(1)  # [R, 256 * 7 * 7]
         for fc in self.fcs:
-            x = fc(x).relu_()
+            x = fc(x).relu_()  # [R, 1024]
         deltas = self.regressor(x).float().unflatten(1, (-1, 4))
         return self.classifier(x).float(), deltas
 
 
 class MaskHead(nn.Module):
-    """Pooled RoIs [R, C, 14, 14] and their classes [R] to mask logits [R, 28, 28] of that class."""
+    """Pooled RoIs [R, C, 14, 14] and their classes [R] to mask logits [R, 28, 28] of that class.
+
+    Each class has a mask of its own, and each pixel a sigmoid of its own, not a softmax over the
+    classes: what the object is has been decided by the classifier (Mask R-CNN, Sec. 3, Table 2b).
+    """
 
     def __init__(self, config, channels, norm):
         super().__init__()
         self.convs = nn.Sequential()
-        for _ in range(config["mask_head_convs"]):
-            self.convs.append(ConvNorm(channels, config["mask_head_channels"], 3, norm))
-            channels = config["mask_head_channels"]
+        for _ in range(config.mask_head_convs):
+            self.convs.append(ConvNorm(channels, config.mask_head_channels, 3, norm))
+            channels = config.mask_head_channels
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
-        self.predictor = nn.Conv2d(channels, config["num_classes"], 1)
+        self.predictor = nn.Conv2d(channels, config.num_classes, 1)
 
     def forward(self, x, labels):
-        x = self.deconv(self.convs(x)).relu_()
-        # Only the map of class `labels` is ever looked at, in the loss and at test time: apply that
-        # class's row of the 1x1 convolution to each RoI instead of all K rows.
-        weight = self.predictor.weight.flatten(1)[labels - 1]  # [R, C]
-        bias = self.predictor.bias[labels - 1]
-        logits = torch.matmul(weight[:, None].to(x.dtype), x.flatten(2)).float()
+        x = self.convs(x)  # [R, 256, 14, 14]
+        x = self.deconv(x).relu_()  # [R, 256, 28, 28]
+        # This is self.predictor(x)[range(R), labels - 1] without computing the other K - 1 maps:
+        # each RoI is multiplied by that row of the 1x1 convolution that belongs to its class.
+        weight = self.predictor.weight.flatten(1).index_select(0, labels - 1)  # [R, 256]
+        bias = self.predictor.bias.index_select(0, labels - 1)  # [R]
+        logits = torch.matmul(weight[:, None].to(x.dtype), x.flatten(2)).float()  # [R, 1, 28 * 28]
         return (logits + bias[:, None, None]).view(len(x), *x.shape[-2:])
 
 
 class KeypointHead(nn.Module):
-    """Pooled RoIs [R, C, 14, 14] to heatmap logits [R, keypoints, 56, 56] (Mask R-CNN, Sec. 5)."""
+    """Pooled RoIs [R, C, 14, 14] to heatmap logits [R, 17, 56, 56] (Mask R-CNN, Sec. 5)."""
 
     def __init__(self, config, channels):
         super().__init__()
         self.convs = nn.Sequential()
-        for _ in range(config["keypoint_head_convs"]):
-            self.convs.append(ConvNorm(channels, config["keypoint_head_channels"], 3, "none"))
-            channels = config["keypoint_head_channels"]
-        self.deconv = nn.ConvTranspose2d(channels, config["keypoints"], 4, stride=2, padding=1)
+        for _ in range(config.keypoint_head_convs):
+            self.convs.append(ConvNorm(channels, config.keypoint_head_channels, 3, "none"))
+            channels = config.keypoint_head_channels
+        self.deconv = nn.ConvTranspose2d(channels, config.keypoints, 4, stride=2, padding=1)
 
     def forward(self, x):
-        x = self.deconv(self.convs(x)).float()
+        x = self.convs(x)  # [R, 512, 14, 14]
+        x = self.deconv(x).float()  # [R, 17, 28, 28]
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def mask_targets(targets, rois, matched, size):
+def mask_targets(targets, rois, matched, counts, size):
     """The part of each object's mask inside its RoI, at size x size: float 0/1 [R, size, size].
 
-    RoIAlign of the bit mask, then a threshold, like Detectron2's BitMasks.crop_and_resize. rois
-    [R, 5] are in order of images; matched [R] is the object's index within its image.
+    RoIAlign of the matched object's bit mask, then a threshold, as Detectron2's
+    BitMasks.crop_and_resize (Choice 10; Detectron draws the polygons of the object whose polygons'
+    box overlaps most at 28 x 28). rois [R, 5] in order of images, of which image i has counts[i];
+    matched [R]: the object's index within its image.
     """
     boxes = torch.cat([matched[:, None].to(rois.dtype), rois[:, 1:]], dim=1)
     crops = []
-    for target, here in zip(targets, boxes.split(roi_counts(rois, len(targets)))):
+    for target, here in zip(targets, boxes.split(counts)):
         masks = target["masks"]
         if len(masks) == 0:
             masks = masks.new_zeros(1, *masks.shape[1:])  # no object, hence no RoI either
         crop = roi_align(masks[:, None].float(), here, size, 1.0, 0, aligned=True)
         crops.append(crop[:, 0] >= 0.5)
     return torch.cat(crops).float()
-
-
-def roi_counts(rois, images):
-    """How many of the rois [R, 5] each image has: a list of int; waits for the device."""
-    return (rois[:, 0] == torch.arange(images, device=rois.device)[:, None]).sum(dim=1).tolist()
 
 
 def keypoint_targets(keypoints, boxes, size):
@@ -602,8 +913,7 @@ def decode_keypoints(heatmaps, boxes):
 
     Detectron's rule: resize the map to the box's size in whole pixels (bicubic), take the largest
     value, return the middle of its pixel, scaled back; third column 1. The score is the value's
-    softmax, normalized over the 56 x 56 map. The loop is over the detections of one image: every
-    box has a size of its own, and one box's maps at a time bound the memory.
+    softmax, normalized over the 56 x 56 map. Every box has a size of its own: one after the other.
     """
     points = heatmaps.new_ones(*heatmaps.shape[:2], 3)
     scores = heatmaps.new_zeros(heatmaps.shape[:2])
@@ -611,8 +921,8 @@ def decode_keypoints(heatmaps, boxes):
     for i, (w, h) in enumerate(sizes.ceil().long().tolist()):
         maps = F.interpolate(heatmaps[i, None], size=(h, w), mode="bicubic", align_corners=False)[0]
         value, index = maps.flatten(1).max(dim=1)  # [17]
-        cell = torch.stack([index % w, index // w], dim=1) + 0.5
-        points[i, :, :2] = boxes[i, :2] + cell * sizes[i] / cell.new_tensor([w, h])
+        pixel = torch.stack([index % w, index // w], dim=1) + 0.5
+        points[i, :, :2] = boxes[i, :2] + pixel * sizes[i] / pixel.new_tensor([w, h])
         scores[i] = 1 / (heatmaps[i].flatten(1) - value[:, None]).exp().sum(dim=1)
     return points, scores
 
@@ -635,8 +945,16 @@ class ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
+class Samples(NamedTuple):
+    """The RoIs that the heads are trained on, in order of images."""
+
+    rois: torch.Tensor  # [R, 5]
+    labels: torch.Tensor  # [R]; 0 is background
+    matched: torch.Tensor  # [R]: index of the object within its image
+
+
 class MaskRCNN(nn.Module):
-    """The detector; made by `build_model`, whose arguments it remembers as the dict `config`.
+    """The detector; made by `build_model`. `config`: its Config.
 
     The steps that `forward` is made of can be used alone: `batch`, `features`, `proposals`,
     `box_predictions`, `postprocess`, `mask_probabilities`, `keypoint_heatmaps`.
@@ -648,70 +966,63 @@ class MaskRCNN(nn.Module):
         # What the weights were trained on; filled in by training, and by loading a checkpoint.
         self.data_settings = {"min_size": 800, "max_size": 1333}
         self.data_settings |= {"classes": None, "category_ids": None}
-        for name in ("image_mean", "image_std"):
-            value = torch.tensor(config[name], dtype=torch.float32).view(3, 1, 1)
-            self.register_buffer(name, value)
+        for name, value in (("image_mean", config.image_mean), ("image_std", config.image_std)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(3, 1, 1))
 
-        c, norm = config, config["norm"]
         # A frozen-BN detector has its affine maps in the backbone only, as in Detectron.
-        head_norm = "none" if norm == "frozen_bn" else norm
-        if c["backbone"] == "vgg16":
-            self.backbone = VGG16(c["stem_width"], norm, c["freeze_at"])
-            self.fpn = None
+        head_norm = "none" if config.norm == "frozen_bn" else config.norm
+        if config.backbone == "vgg16":
+            self.backbone, self.fpn = VGG16(config), None
             channels, strides = self.backbone.channels[0], self.backbone.strides
         else:
-            self.backbone = ResNet(
-                c["blocks"], c["groups"], c["width_per_group"], c["stem_width"], norm,
-                c["freeze_at"], c["stride_in_1x1"],
-            )  # fmt: skip
-            self.fpn = FPN(self.backbone.channels, c["fpn_channels"], head_norm)
-            channels, strides = c["fpn_channels"], self.backbone.strides + [64]
-        if len(c["anchor_sizes"]) != len(strides):
-            raise ValueError(
-                f"anchor_sizes has {len(c['anchor_sizes'])} levels but the features have "
-                f"{len(strides)}; give one tuple of sizes for each of the strides {strides}."
-            )
-        if len({len(sizes) for sizes in c["anchor_sizes"]}) != 1:
-            raise ValueError(
-                f"anchor_sizes {c['anchor_sizes']} has more sizes on one level than on another; "
-                "give each level as many, since all share the RPN's convolutions."
-            )
-        if len(c["cascade_fg_iou_thresh"]) != 2:
-            raise ValueError(
-                f"cascade_fg_iou_thresh {c['cascade_fg_iou_thresh']} needs two values, for stages "
-                "2 and 3; stage 1 has box_fg_iou_thresh."
-            )
-        self.rpn = RPN(c, channels, strides)
-        stages = 3 if c["cascade"] else 1
-        self.box_heads = nn.ModuleList(BoxHead(c, channels, head_norm) for _ in range(stages))
-        self.mask_head = MaskHead(c, channels, head_norm) if c["masks"] else None
-        self.keypoint_head = KeypointHead(c, channels) if c["keypoints"] else None
-        self.init_weights()
+            self.backbone = ResNet(config)
+            self.fpn = FPN(self.backbone.channels, config.fpn_channels, head_norm)
+            channels, strides = config.fpn_channels, self.backbone.strides + [64]
+        self.rpn = RPN(config, channels, strides)
+        stages = 3 if config.cascade else 1
+        self.box_heads = nn.ModuleList(BoxHead(config, channels, head_norm) for _ in range(stages))
+        self.mask_head = MaskHead(config, channels, head_norm) if config.masks else None
+        self.keypoint_head = KeypointHead(config, channels) if config.keypoints else None
+        initialize(self)
 
-    def init_weights(self):
-        """Initialize from nothing: convolutions He et al.'s, FPN and fc layers Caffe2's Xavier.
+    # -- The whole -------------------------------------------------------------------------------
 
-        That is Detectron2's (Detectron's own backbone had Xavier). The layers that predict start
-        near zero, all but the masks'. Every gamma starts at 1 (zero for the last one of a block,
-        usual in ImageNet training, hurts GN detectors from scratch, notes Detectron2), every bias
-        and beta at 0.
+    def forward(self, images, targets=None):
+        """Losses in training mode, detections in evaluation mode.
+
+        images: list of [3, h, w] RGB tensors, uint8 or float in [0, 1], of any sizes.
+        targets (training): list of dicts with `boxes` [N, 4] float xyxy, `labels` [N] int64 in
+        1..K, `masks` [N, h, w] bool or uint8 (if the model has masks), `keypoints` [N, 17, 3]
+        (x, y, v; if it has keypoints), and optionally `seed` (int), of which the random sampling is
+        then a function.
+
+        Training returns loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg,
+        loss_mask, loss_keypoint (cascade: loss_classifier_1..3, loss_box_reg_1..3). Evaluation
+        returns for each image a dict of `boxes`, `labels`, `scores`, `masks` [N, 28, 28]
+        (probabilities inside the box), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores`
+        [N, 17], in pixels of the given image. Raises ValueError, naming image and field, for
+        arguments that do not fit.
         """
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                # (of a deconvolution, torch takes the input channels for "out"; so does Detectron2)
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        for module in self.fpn.modules() if self.fpn else ():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
-        for layer in (self.rpn.conv, self.rpn.objectness, self.rpn.deltas):
-            nn.init.normal_(layer.weight, std=0.01)
-        for head in self.box_heads:
-            nn.init.normal_(head.classifier.weight, std=0.01)
-            nn.init.normal_(head.regressor.weight, std=0.001)
+        check_images(images)
+        if self.training:
+            check_targets(images, targets, self.config)
+        batch, sizes = self.batch(images)
+        features = self.features(batch)
+        if self.training:
+            return self.losses(features, sizes, targets)
+
+        boxes, valid = self.proposals(features, sizes)
+        predictions = self.box_predictions(features, boxes, valid, sizes)
+        detections = [self.postprocess(*prediction) for prediction in predictions]
+        boxes = [d["boxes"] for d in detections]
+        if self.mask_head:
+            labels = [d["labels"] for d in detections]
+            for d, masks in zip(detections, self.mask_probabilities(features, boxes, labels)):
+                d["masks"] = masks
+        if self.keypoint_head:
+            for d, heatmaps in zip(detections, self.keypoint_heatmaps(features, boxes)):
+                d["keypoints"], d["keypoints_scores"] = decode_keypoints(heatmaps, d["boxes"])
+        return detections
 
     # -- The steps -------------------------------------------------------------------------------
 
@@ -741,753 +1052,486 @@ class MaskRCNN(nn.Module):
         """The RPN's proposals: boxes [B, P, 4], best first, and which are valid [B, P]."""
         return self.rpn.proposals(*self.rpn(features), sizes)
 
-    def pool(self, features, rois, size):
+    def pool(self, features, rois, size, counts=None):
         """RoIAlign of rois [R, 5] from the levels that have RoIs (P6 is the RPN's alone)."""
         strides = self.backbone.strides
-        ratio = self.config["roi_sampling_ratio"]
-        return pool(features[: len(strides)], strides, rois, size, ratio)
+        ratio = self.config.roi_sampling_ratio
+        return multilevel_roi_align(features[: len(strides)], strides, rois, size, ratio, counts)
+
+    def refine(self, rois, deltas, stage, sizes):
+        """The boxes [R, K or 1, 4] that a stage's deltas make of rois [R, 5], clipped.
+
+        Stage k of a cascade divides by box weights k times (10, 10, 5, 5): its RoIs are closer to
+        the objects than those of the stage before, so that the targets would get smaller and
+        smaller otherwise. (A cascade that grows out of stage 1, Choice 13: train.py.)
+        """
+        limits = image_limits(sizes, rois.device)[rois[:, 0].long()]  # [R, 1, 4]
+        decoded = decode_boxes(deltas, rois[:, None, 1:], self.box_weights(stage))
+        return clip_boxes(decoded, limits)
 
     def box_weights(self, stage):
-        """Box-coding weights of a cascade stage: (10, 10, 5, 5), then 2 and 3 times as large."""
-        return [w * (stage + 1) for w in self.config["bbox_reg_weights"]]
+        return [w * (stage + 1) for w in self.config.bbox_reg_weights]
 
     def box_predictions(self, features, boxes, valid, sizes):
         """Class scores and boxes of proposals, *before* threshold and NMS.
 
-        boxes [B, P, 4] and valid [B, P] as `proposals` gives them. Returns per image a pair, for
-        its p valid proposals: scores [p, K + 1] (softmax; column 0 is background) and clipped
-        boxes [p, K, 4] ([p, 1, 4] if class-agnostic). Cascade: each stage refines the boxes of the
-        one before; scores are averaged over the stages.
+        boxes [B, P, 4] and valid [B, P] as `proposals` gives them. Returns for each image a pair,
+        of its p valid proposals: scores [p, K + 1] (softmax; column 0 is background) and clipped
+        boxes [p, K, 4] ([p, 1, 4] if class-agnostic).
+
+        Cascade: each stage refines the boxes of the one before. The scores are averaged over the
+        stages: each has learned to tell objects from background at another IoU.
         """
-        rois = to_rois(boxes, valid)
-        image = rois[:, 0].long()
-        limits = image_limits(sizes, rois.device)[image]  # [R, 1, 4]
+        strides = self.backbone.strides
+        levels = roi_levels(boxes, strides)  # [B, P]
+        table = count_by_level(levels, valid, strides).tolist()  # waits for the device
+        counts = [sum(row) for row in table]  # of each image
+        level_counts = [sum(column) for column in zip(*table)]
+        rois = to_rois(list(boxes))[true_positions(valid, sum(counts))]  # [R, 5]
         scores = 0
         for stage, head in enumerate(self.box_heads):
-            logits, deltas = head(self.pool(features, rois, self.config["box_roi_size"]))
-            scores = scores + logits.softmax(dim=1) / len(self.box_heads)
-            decoded = decode_boxes(deltas, rois[:, None, 1:], self.box_weights(stage))
-            decoded = clip_boxes(decoded, limits)  # [R, K or 1, 4]
-            # for the next stage: a cascade is class-agnostic
-            rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)
-        counts = valid.sum(dim=1).tolist()
+            pooled = self.pool(features, rois, self.config.box_roi_size, level_counts)
+            logits, deltas = head(pooled)
+            scores = scores + logits.softmax(dim=1) / len(self.box_heads)  # [R, K + 1]
+            decoded = self.refine(rois, deltas, stage, sizes)  # [R, K or 1, 4]
+            rois, level_counts = torch.cat([rois[:, :1], decoded[:, 0]], dim=1), None
         return list(zip(scores.split(counts), decoded.split(counts)))
 
+    @torch.no_grad()
     def postprocess(self, scores, boxes):
-        """Detections of one image: score threshold, NMS per class, the best 100.
+        """Detections of one image: score threshold, NMS of each class, the best 100.
 
         scores [P, K + 1], boxes [P, K or 1, 4], as from `box_predictions`. Returns a dict of boxes
         [N, 4], labels [N] and scores [N], best first.
         """
-        proposal, label = (scores[:, 1:] > self.config["box_score_thresh"]).nonzero(as_tuple=True)
-        scores = scores[proposal, label + 1]
-        boxes = boxes[proposal, label if boxes.shape[1] > 1 else 0]
-        kept = batched_nms(boxes.double(), scores.double(), label, self.config["box_nms_thresh"])
-        kept = kept[: self.config["box_detections_per_img"]]
-        return {"boxes": boxes[kept], "labels": label[kept] + 1, "scores": scores[kept]}
+        c = self.config
+        scores = scores[:, 1:]  # [P, K]
+        boxes = boxes.expand(-1, scores.shape[1], -1).flatten(0, 1)[None]  # [1, P * K, 4]
+        labels = torch.arange(1, scores.shape[1] + 1, device=scores.device).expand_as(scores)
+        labels = labels.flatten()[None]
+        scores = scores.masked_fill(scores <= c.box_score_thresh, -math.inf).flatten()[None]
+        most = c.box_detections_per_img
+        index, (count,) = nms(boxes, scores, labels, c.box_nms_thresh, most)
+        index = index[:, :count]
+        return {
+            "boxes": take(boxes, index)[0],
+            "labels": take(labels, index)[0],
+            "scores": take(scores, index)[0],
+        }
 
     def mask_probabilities(self, features, boxes, labels):
         """Masks of given boxes and labels (lists of [N, 4], [N]): a list of [N, 28, 28] in 0..1."""
-        pooled = self.pool(features, to_rois(boxes), self.config["mask_roi_size"])
+        pooled = self.pool(features, to_rois(boxes), self.config.mask_roi_size)
         masks = self.mask_head(pooled, torch.cat(labels)).sigmoid()
         return list(masks.split([len(b) for b in boxes]))
 
     def keypoint_heatmaps(self, features, boxes):
         """Keypoint logits of given boxes (list of [N, 4]): a list of [N, 17, 56, 56]."""
-        pooled = self.pool(features, to_rois(boxes), self.config["keypoint_roi_size"])
+        pooled = self.pool(features, to_rois(boxes), self.config.keypoint_roi_size)
         return list(self.keypoint_head(pooled).split([len(b) for b in boxes]))
 
     # -- Training --------------------------------------------------------------------------------
 
-    def sample_rois(self, boxes, valid, truth, truth_labels, truth_valid, seeds):
+    def losses(self, features, sizes, targets):
+        """All losses of a batch, as a dict of scalars (see `forward`); all have weight 1.
+
+        Each loss is divided by a number of this process's own batch, and DDP then averages the
+        gradients over the processes: a sample counts less in a process that has many.
+
+        From random weights they start at ln 2 = 0.69 (objectness; masks), ln 81 = 4.39 (classifier
+        of 80 classes) and ln 56^2 = 8.05 (keypoints). The box losses start small and rise while
+        more and more RoIs become foreground.
+        """
+        device = features[0].device
+        truth = pad_targets(targets, device)
+        seeds = sampling_seeds(targets, device)
+        # 1) RPN
+        objectness, deltas, anchors = self.rpn(features)
+        losses = self.rpn.losses(objectness, deltas, anchors, truth, seeds)
+        # 2) RoIs: proposals and ground truth, sampled
+        boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
+        samples, level_counts, table = self.sample_rois(boxes, valid, truth, seeds)
+        # 3) box heads
+        losses |= self.box_losses(features, samples, level_counts, truth, sizes)
+        # 4) mask and keypoint head: the foreground of these RoIs
+        counts = [sum(row) for row in table]
+        level_counts = [sum(column) for column in zip(*table)]
+        foreground = true_positions(samples.labels > 0, sum(counts))
+        samples = Samples(*(x.index_select(0, foreground) for x in samples))
+        if self.mask_head:
+            losses |= self.mask_loss(features, samples, level_counts, targets, counts)
+        if self.keypoint_head:
+            losses |= self.keypoint_loss(features, samples, targets, counts)
+        return losses
+
+    @torch.no_grad()
+    def sample_rois(self, boxes, valid, truth, seeds):
         """512 RoIs an image, at most a quarter of them foreground (IoU >= 0.5 with an object).
 
         The ground truth joins the proposals, so that there is foreground from the first iteration.
-        Returns rois [R, 5], labels [R], matched [R] (index of the object within its image).
+        Proposals inside crowds are not filtered (Choice 10: no foreground either).
+        Returns Samples, how many RoIs each level has, and a table: how many foreground RoIs each
+        level has in each image.
         """
         c = self.config
-        boxes = torch.cat([boxes, truth], dim=1)
-        valid = torch.cat([valid, truth_valid], dim=1)
-        threshold = c["box_fg_iou_thresh"]
-        matched, labels = self.match_rois(boxes, truth, truth_labels, truth_valid, threshold)
+        boxes = torch.cat([boxes, truth.boxes], dim=1)  # [B, P + G, 4]
+        valid = torch.cat([valid, truth.valid], dim=1)
+        matched, labels = match_boxes(truth, boxes, c.box_fg_iou_thresh)
         labels = labels.masked_fill(~valid, -1)
-        batch_size, fraction = c["box_batch_size_per_image"], c["box_positive_fraction"]
-        index, chosen = sample(labels, batch_size, fraction, seeds, salt=2)
-        image, slot = chosen.nonzero(as_tuple=True)  # waits for the device: how many?
-        index = index[image, slot]
-        rois = torch.cat([image[:, None].to(boxes.dtype), boxes[image, index]], dim=1)
-        return rois, labels[image, index], matched[image, index]
+        batch_size, fraction = c.box_batch_size_per_image, c.box_positive_fraction
+        index, chosen = sample(labels, batch_size, fraction, seeds, SALT_ROIS)  # [B, S]
+        boxes, labels, matched = (take(x, index) for x in (boxes, labels, matched))
 
-    def match_rois(self, boxes, truth, truth_labels, truth_valid, threshold):
-        """Boxes [B, P, 4] to the object they overlap most: its index [B, P], and its label or 0."""
-        iou = pairwise_iou(truth, boxes).masked_fill_(~truth_valid[..., None], -1)
-        best, matched = iou.max(dim=1)
-        return matched, torch.where(best >= threshold, take(truth_labels, matched), 0)
+        # All numbers that the host needs from here on, in one read: it waits for the device.
+        strides = self.backbone.strides
+        levels = roi_levels(boxes, strides)  # [B, S]
+        table = count_by_level(levels, chosen, strides)  # [B, levels]
+        foreground_table = count_by_level(levels, chosen & (labels > 0), strides)
+        faults = target_faults(truth, c.num_classes)  # [B, 2]
+        numbers = torch.cat([table, foreground_table, faults], dim=1).tolist()
+        raise_faults([row[-2:] for row in numbers], c.num_classes)
+        level_counts = [sum(row[i] for row in numbers) for i in range(len(strides))]
+        foreground_table = [row[len(strides) : -2] for row in numbers]
 
-    def box_losses(self, features, rois, labels, matched, padded, sizes):
+        positions = true_positions(chosen, sum(level_counts))
+        rois = to_rois(list(boxes)).index_select(0, positions)  # [R, 5]
+        labels, matched = (x.flatten().index_select(0, positions) for x in (labels, matched))
+        return Samples(rois, labels, matched), level_counts, foreground_table
+
+    def box_losses(self, features, samples, level_counts, truth, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
 
-        Stages 2 and 3 take the boxes that the stage before made of the same RoIs: nothing is
-        sampled again, no ground truth added again, and boxes that became empty are dropped.
+        Stages 2 and 3 of a cascade take the boxes that the stage before made of the same RoIs, and
+        ask for more: IoU 0.6 and 0.7 instead of 0.5, since a head that is trained with IoU u makes
+        boxes better that start near u. Nothing is sampled again, no ground truth added again.
         """
-        truth = padded[0]
         stages = len(self.box_heads)
         losses = {}
         for stage, head in enumerate(self.box_heads):
             name = f"_{stage + 1}" if stages > 1 else ""
-            pooled = self.pool(features, rois, self.config["box_roi_size"])
+            rois, labels, matched = samples
+            pooled = self.pool(features, rois, self.config.box_roi_size, level_counts)
             if stages > 1:  # they share the features (Detectron2)
                 pooled = ScaleGradient.apply(pooled, 1 / stages)
-            logits, deltas = head(pooled)
+            logits, deltas = head(pooled)  # [R, K + 1], [R, K or 1, 4]
             with torch.no_grad():
                 foreground = labels > 0
                 boxes = rois[:, 1:]
-                box_truth = truth[rois[:, 0].long(), matched]
+                # Background RoIs get their own box as target: finite, and then masked.
+                box_truth = truth.boxes[rois[:, 0].long(), matched]
                 box_truth = torch.where(foreground[:, None], box_truth, boxes)
                 box_targets = encode_boxes(box_truth, boxes, self.box_weights(stage))
             column = (labels - 1).clamp(min=0) if deltas.shape[1] > 1 else torch.zeros_like(labels)
-            chosen = take(deltas, column[:, None])[:, 0]  # [R, 4]
-            loss = F.smooth_l1_loss(
-                chosen, box_targets, reduction="none", beta=self.config["box_smooth_l1_beta"]
-            )
-            # Without any RoI, a loss of zero still has a graph.
-            count = max(len(labels), 1)
+            chosen = take(deltas, column[:, None])[:, 0]  # [R, 4], of the true class
+            box_loss = smooth_l1(chosen, box_targets, self.config.box_smooth_l1_beta)
             class_loss = F.cross_entropy(logits, labels, reduction="sum")
+            # Both are divided by *all* sampled RoIs, so that each counts the same (Fast R-CNN). If
+            # there are none, the sums are 0 but still depend on the head's parameters.
+            count = max(len(labels), 1)
             losses["loss_classifier" + name] = class_loss / count
-            losses["loss_box_reg" + name] = (loss * foreground[:, None]).sum() / count
+            losses["loss_box_reg" + name] = (box_loss * foreground[:, None]).sum() / count
             if stage + 1 < stages:
-                rois, labels, matched = self.next_rois(rois, deltas, stage, padded, sizes)
+                samples = self.next_samples(rois, deltas, stage, truth, sizes)
+                level_counts = None
         return losses
 
     @torch.no_grad()
-    def next_rois(self, rois, deltas, stage, padded, sizes):
-        """What a cascade's stage hands to the next: its boxes [R', 5], labels and matched [R']."""
-        truth, truth_labels, truth_valid = padded
-        boxes = decode_boxes(deltas[:, 0], rois[:, 1:], self.box_weights(stage))
-        boxes = clip_boxes(boxes, image_limits(sizes, boxes.device)[rois[:, 0].long(), 0])
-        filled = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        rois = torch.cat([rois[:, :1], boxes], dim=1)[filled]
-        image = rois[:, 0].long()
-        threshold = self.config["cascade_fg_iou_thresh"][stage]
+    def next_samples(self, rois, deltas, stage, truth, sizes):
+        """What a cascade's stage hands to the next: its boxes, matched anew."""
+        boxes = self.refine(rois, deltas, stage, sizes)[:, 0]  # [R, 4]
+        rois = torch.cat([rois[:, :1], boxes], dim=1)
+        rois = rois[has_area(boxes)]  # [R', 5]
         # Every RoI as an "image" of one box, against the objects of its own image.
-        matched, labels = self.match_rois(
-            rois[:, None, 1:], truth[image], truth_labels[image], truth_valid[image], threshold
-        )
-        return rois, labels[:, 0], matched[:, 0]
+        own_truth = Truth(*(x[rois[:, 0].long()] for x in truth))
+        threshold = self.config.cascade_fg_iou_thresh[stage]
+        matched, labels = match_boxes(own_truth, rois[:, None, 1:], threshold)  # [R', 1] each
+        return Samples(rois, labels[:, 0], matched[:, 0])
 
-    def mask_loss(self, features, rois, labels, matched, targets):
-        """Cross-entropy of the true class's mask, mean over foreground RoIs and 28 x 28 pixels."""
-        size = self.config["mask_roi_size"]
-        # before the head: it waits for the device, which then has little left to do
-        truth = mask_targets(targets, rois, matched, 2 * size)
-        logits = self.mask_head(self.pool(features, rois, size), labels)
+    def mask_loss(self, features, samples, level_counts, targets, counts):
+        """Binary cross-entropy of the true class's mask, at each of 28 x 28 pixels."""
+        rois, labels, matched = samples
+        size = self.config.mask_roi_size
+        truth = mask_targets(targets, rois, matched, counts, 2 * size)  # [R, 28, 28]
+        logits = self.mask_head(self.pool(features, rois, size, level_counts), labels)
         # With no foreground at all the sum is zero but still depends on every parameter of the
         # head, so that the process takes part in all-reduces of SyncBN and of the gradients.
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
-        return {"loss_mask": loss / max(logits.numel(), 1)}
+        return {"loss_mask": loss / max(logits.numel(), 1)}  # / foreground RoIs * 28^2
 
-    def keypoint_loss(self, features, rois, matched, targets):
-        """Cross-entropy over the 56 x 56 positions, sum / labelled keypoints in the RoIs.
+    def keypoint_loss(self, features, samples, targets, counts):
+        """Cross-entropy of each keypoint, a softmax over the 56 x 56 positions.
 
         The RoIs are the foreground of the sampled ones, as in Detectron2; Detectron draws anew.
         """
-        chosen = matched.split(roi_counts(rois, len(targets)))  # rois are in order of images
-        truth = torch.cat([t["keypoints"][index] for t, index in zip(targets, chosen)]).float()
-        size = 4 * self.config["keypoint_roi_size"]
-        cell, valid = keypoint_targets(truth, rois[:, 1:], size)
+        rois = samples.rois
+        matched = samples.matched.split(counts)  # RoIs are in order of images
+        truth = torch.cat([t["keypoints"][index] for t, index in zip(targets, matched)]).float()
+        size = 4 * self.config.keypoint_roi_size
+        cell, valid = keypoint_targets(truth, rois[:, 1:], size)  # [R, 17]
         useful = valid.any(dim=1)  # RoIs without a labelled keypoint inside are left out
         cell, valid = cell[useful], valid[useful]
-        pooled = self.pool(features, rois[useful], self.config["keypoint_roi_size"])
-        heatmaps = self.keypoint_head(pooled)
+        pooled = self.pool(features, rois[useful], self.config.keypoint_roi_size)
+        heatmaps = self.keypoint_head(pooled)  # [R', 17, 56, 56]
         loss = F.cross_entropy(heatmaps.flatten(0, 1).flatten(1), cell.flatten(), reduction="none")
+        # / labelled keypoints in the RoIs
         return {"loss_keypoint": (loss * valid.flatten()).sum() / valid.sum().clamp(min=1)}
 
-    def losses(self, features, sizes, targets):
-        """All losses of a batch, as a dict of scalars (see `forward`).
 
-        Divided by: 256 x images (both of the RPN), all sampled RoIs (both of a box head, so that
-        each sample counts the same: Fast R-CNN), foreground RoIs x 28^2 (masks), labelled
-        keypoints. Each is this process's own number; DDP then averages over the processes. All
-        losses have weight 1.
-        """
-        device = features[0].device
-        padded = pad_targets(targets, device)  # boxes, labels, which are valid
-        seeds = sampling_seeds(targets, device)
-
-        objectness, deltas, anchors = self.rpn(features)
-        losses = self.rpn.losses(objectness, deltas, anchors, padded[0], padded[2], seeds)
-
-        boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
-        rois, labels, matched = self.sample_rois(boxes, valid, *padded, seeds)
-        losses |= self.box_losses(features, rois, labels, matched, padded, sizes)
-
-        foreground = (labels > 0).nonzero()[:, 0]
-        rois, labels, matched = rois[foreground], labels[foreground], matched[foreground]
-        if self.mask_head:
-            losses |= self.mask_loss(features, rois, labels, matched, targets)
-        if self.keypoint_head:
-            losses |= self.keypoint_loss(features, rois, matched, targets)
-        return losses
-
-    # -- The whole -------------------------------------------------------------------------------
-
-    def forward(self, images, targets=None):
-        """Losses in training mode, detections in evaluation mode.
-
-        images: list of [3, h, w] RGB tensors, uint8 or float in [0, 1], of any sizes.
-        targets (training): list of dicts with `boxes` [N, 4] float xyxy, `labels` [N] int64 in
-        1..K, `masks` [N, h, w] bool or uint8 (if the model has masks), `keypoints` [N, 17, 3]
-        (x, y, v), and optionally `seed` (int), of which the random sampling is then a function.
-
-        Training returns loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg,
-        loss_mask, loss_keypoint (cascade: loss_classifier_1..3, loss_box_reg_1..3). Evaluation
-        returns per image a dict of `boxes`, `labels`, `scores`, `masks` [N, 28, 28] (probabilities
-        inside the box), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17], in pixels
-        of the given image.
-        """
-        batch, sizes = self.batch(images)
-        features = self.features(batch)
-        if self.training:
-            return self.losses(features, sizes, targets)
-
-        boxes, valid = self.proposals(features, sizes)
-        predictions = self.box_predictions(features, boxes, valid, sizes)
-        detections = [self.postprocess(*prediction) for prediction in predictions]
-        boxes = [d["boxes"] for d in detections]
-        if self.mask_head:
-            labels = [d["labels"] for d in detections]
-            for d, masks in zip(detections, self.mask_probabilities(features, boxes, labels)):
-                d["masks"] = masks
-        if self.keypoint_head:
-            for d, heatmaps in zip(detections, self.keypoint_heatmaps(features, boxes)):
-                d["keypoints"], d["keypoints_scores"] = decode_keypoints(heatmaps, d["boxes"])
-        return detections
+def check_images(images):
+    """Raise ValueError, naming the image, unless all are [3, h, w], uint8 or float in [0, 1]."""
+    if not isinstance(images, (list, tuple)) or len(images) == 0:
+        raise ValueError("images must be a list of at least one [3, h, w] tensor.")
+    for i, image in enumerate(images):
+        if not torch.is_tensor(image) or image.dim() != 3 or image.shape[0] != 3:
+            found = list(image.shape) if torch.is_tensor(image) else type(image).__name__
+            raise ValueError(f"images[{i}] must be an RGB tensor [3, h, w], and is {found}.")
+        if image.numel() == 0:
+            raise ValueError(f"images[{i}] has no pixels.")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise ValueError(f"images[{i}] must be uint8 or float in [0, 1], and is {image.dtype}.")
+        # A GPU would have to be waited for. 0.2: resizing may overshoot.
+        if image.is_floating_point() and not image.is_cuda:
+            low, high = (x.item() for x in image.aminmax())
+            if not (low >= -0.2 and high <= 1.2):
+                raise ValueError(
+                    f"images[{i}] has values from {low:.4g} to {high:.4g}; float images must be in "
+                    "[0, 1], not normalized."
+                )
 
 
-# Every argument of the model with the paper's value, in the order of the detector.
-DEFAULTS = {
-    "backbone": "resnet50",
-    "norm": "gn",
-    "num_classes": 80,
-    "masks": True,
-    "keypoints": 0,
-    "cascade": False,
-    # Detectron's pixel mean (122.7717, 115.9465, 102.9801) and no division, for images in [0, 1].
-    "image_mean": (122.7717 / 255, 115.9465 / 255, 102.9801 / 255),
-    "image_std": (1 / 255, 1 / 255, 1 / 255),
-    # Backbone and FPN
-    "blocks": None,  # bottlenecks per stage; None: what the name of the backbone says
-    "groups": 1,
-    "width_per_group": 64,
-    "stem_width": 64,
-    "stride_in_1x1": False,
-    "freeze_at": 0,
-    "fpn_channels": 256,
-    # RPN
-    "anchor_sizes": ((32,), (64,), (128,), (256,), (512,)),
-    "anchor_ratios": (0.5, 1.0, 2.0),
-    "rpn_pre_nms_top_n_train": 2000,  # per level
-    "rpn_pre_nms_top_n_test": 1000,
-    "rpn_post_nms_top_n_train": 1000,  # per image, as in Detectron2; Detectron: 2000 per 2 images
-    "rpn_post_nms_top_n_test": 1000,
-    "rpn_nms_thresh": 0.7,
-    "rpn_fg_iou_thresh": 0.7,
-    "rpn_bg_iou_thresh": 0.3,
-    "rpn_batch_size_per_image": 256,
-    "rpn_positive_fraction": 0.5,
-    "rpn_smooth_l1_beta": 1 / 9,  # this one and the box head's: Detectron; Detectron2 has 0
-    # RoI heads
-    "roi_sampling_ratio": 2,  # 0: as many samples as the bin has pixels, as Detectron2's models
-    "box_roi_size": 7,
-    "box_head_convs": None,  # None: 4 conv + 1 fc with a norm, 2 fc without
-    "box_head_channels": 256,
-    "box_head_fcs": None,
-    "box_head_fc_channels": 1024,
-    "box_class_agnostic": False,
-    "box_fg_iou_thresh": 0.5,
-    "cascade_fg_iou_thresh": (0.6, 0.7),  # of stages 2 and 3; the first has the one above
-    "box_batch_size_per_image": 512,
-    "box_positive_fraction": 0.25,
-    "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
-    "box_smooth_l1_beta": 1.0,
-    "box_score_thresh": 0.05,
-    "box_nms_thresh": 0.5,
-    "box_detections_per_img": 100,
-    "mask_roi_size": 14,
-    "mask_head_convs": 4,
-    "mask_head_channels": 256,
-    "keypoint_roi_size": 14,
-    "keypoint_head_convs": 8,
-    "keypoint_head_channels": 512,
-}
-
-# What a backbone changes. The paper's "ResNeXt-152 8x32d" has 8 groups of 32; Detectron's
-# pre-trained X-152 has 32 groups of 8.
-BACKBONES = {
-    "resnet50": {"blocks": (3, 4, 6, 3)},
-    "resnet101": {"blocks": (3, 4, 23, 3)},
-    "resnext101_32x8d": {"blocks": (3, 4, 23, 3), "groups": 32, "width_per_group": 8},
-    "resnext152_8x32d": {"blocks": (3, 8, 36, 3), "groups": 8, "width_per_group": 32},
-    "resnext152_32x8d": {"blocks": (3, 8, 36, 3), "groups": 32, "width_per_group": 8},
-    # Faster R-CNN without FPN: Detectron's anchors and numbers of proposals off FPN, VGG's two fc.
-    "vgg16": {
-        "anchor_sizes": ((64, 128, 256, 512),),
-        "rpn_pre_nms_top_n_train": 12000,
-        "rpn_post_nms_top_n_train": 2000,
-        "rpn_pre_nms_top_n_test": 6000,
-        "box_head_convs": 0,
-        "box_head_fcs": 2,
-        "box_head_fc_channels": 4096,
-    },
-}
+def check_targets(images, targets, config):
+    """Raise ValueError, naming image and field, for targets of wrong form. Never waits."""
+    if not isinstance(targets, (list, tuple)) or len(targets) != len(images):
+        raise ValueError(f"targets must be a list of {len(images)} dicts, one for each image.")
+    for i, (image, target) in enumerate(zip(images, targets)):
+        fields = {"boxes": (4,), "labels": ()}
+        if config.masks:
+            fields["masks"] = tuple(image.shape[-2:])
+        if config.keypoints:
+            fields["keypoints"] = (config.keypoints, 3)
+        for name, shape in fields.items():
+            value = target.get(name)
+            if not torch.is_tensor(value):
+                raise ValueError(f"targets[{i}]['{name}'] is missing, or no tensor.")
+            n = len(target["boxes"]) if target["boxes"].dim() else 0
+            if tuple(value.shape) != (n, *shape):
+                raise ValueError(
+                    f"targets[{i}]['{name}'] must be {list((n, *shape))} for {n} boxes, and is "
+                    f"{list(value.shape)}."
+                )
+        if not target["boxes"].is_floating_point():
+            raise ValueError(f"targets[{i}]['boxes'] must be float, [x1, y1, x2, y2] in pixels.")
+        if target["labels"].dtype != torch.int64:
+            raise ValueError(f"targets[{i}]['labels'] must be int64.")
 
 
-def build_model(
-    backbone="resnet50", norm="gn", num_classes=80, masks=True, keypoints=0, cascade=False, **hyper
-):
-    """A MaskRCNN with random weights; any name in DEFAULTS can be given as an argument.
+def target_faults(truth, num_classes):
+    """What only the values of targets can tell: [B, 2] int64, not 0 for wrong boxes, wrong labels.
 
-    backbone: a name in BACKBONES. norm: "gn", "syncbn", "bn", "frozen_bn" or "none". num_classes
-    does not count background. keypoints: their number, or 0. cascade: three box stages
-    (class-agnostic). Widths and depths are arguments too, for small models that run the same code.
-
-    Raises ValueError for a name or a combination that there is not.
+    Read together with other numbers, so that nothing waits for it alone.
     """
-    if backbone not in BACKBONES:
-        raise ValueError(f"Unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
-    unknown = sorted(set(hyper) - set(DEFAULTS))
-    if unknown:
-        raise ValueError(f"Unknown argument {unknown[0]!r} of build_model; see model.DEFAULTS.")
-    named = {"backbone": backbone, "norm": norm, "num_classes": num_classes}
-    named |= {"masks": masks, "keypoints": keypoints, "cascade": cascade}
-    config = DEFAULTS | BACKBONES[backbone] | named | hyper
-    if config["blocks"] is None:
-        config["blocks"] = BACKBONES[backbone].get("blocks")
-    normalized = norm in ("gn", "syncbn", "bn")
-    if config["box_head_convs"] is None:
-        config["box_head_convs"] = 4 if normalized else 0
-    if config["box_head_fcs"] is None:
-        config["box_head_fcs"] = 1 if normalized else 2
-    if cascade:
-        config["box_class_agnostic"] = True  # a stage hands one box per RoI to the next
-    return MaskRCNN(config)
+    boxes, labels = truth.boxes, truth.labels
+    wrong_boxes = ~torch.isfinite(boxes) | (boxes < boxes[..., [0, 1, 0, 1]])  # [B, G, 4]
+    wrong_labels = (labels < truth.present) | (labels > num_classes)  # [B, G]
+    return torch.stack([wrong_boxes.flatten(1).any(dim=1), wrong_labels.any(dim=1)], dim=1).long()
+
+
+def raise_faults(faults, num_classes):
+    for i, (boxes, labels) in enumerate(faults):
+        if boxes:
+            raise ValueError(f"targets[{i}]['boxes'] must be finite, with x1 <= x2 and y1 <= y2.")
+        if labels:
+            raise ValueError(f"targets[{i}]['labels'] must be in 1..{num_classes}.")
+
+
+def build_model(backbone="resnet50", norm="gn", num_classes=80, **settings):
+    """A MaskRCNN with random weights; any field of Config can be given as an argument.
+
+    What `backbone` (BACKBONES), `norm` and `cascade` imply, the arguments can override: without a
+    norm in the heads these have 2 fc layers and no convolutions; a cascade is class-agnostic.
+    Raises ValueError for an unknown name, and for a value or a combination that cannot be.
+    """
+    fields = [field.name for field in dataclasses.fields(Config)]
+    for name in settings:
+        if name not in fields:
+            raise ValueError(f"Unknown argument {name!r} of build_model; see model.Config.")
+    implied = {"backbone": backbone, "norm": norm, "num_classes": num_classes}
+    if norm in ("frozen_bn", "none"):
+        implied |= {"box_head_convs": 0, "box_head_fcs": 2}
+    if settings.get("cascade"):
+        implied["box_class_agnostic"] = True
+    return MaskRCNN(Config(**implied | BACKBONES.get(backbone, {}) | settings))
 
 
 # ------------------------------------------------------------------------------------------------
-# Weights in and out
+# Initialization
+# ------------------------------------------------------------------------------------------------
+
+
+def initialize(model):
+    """Random weights (Choice 3): convolutions He et al.'s, FPN and fc layers Caffe2's Xavier.
+
+    That is Detectron2's (Detectron's own backbone had Xavier). The layers that predict start near
+    zero, all but the masks'. Every gamma starts at 1 (zero for the last one of a block, usual in
+    ImageNet training, hurts GN detectors from scratch, notes Detectron2), every bias and beta at 0.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            # N(0, 2 / fan_out). (Of a deconvolution torch takes the inputs for "out": Detectron2.)
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    for module in model.fpn.modules() if model.fpn else ():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_uniform_(module.weight, a=1)
+    for layer in (model.rpn.conv, model.rpn.objectness, model.rpn.deltas):
+        nn.init.normal_(layer.weight, std=0.01)
+    for head in model.box_heads:
+        nn.init.normal_(head.classifier.weight, std=0.01)
+        nn.init.normal_(head.regressor.weight, std=0.001)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
 # ------------------------------------------------------------------------------------------------
 
 
 class WeightsError(ValueError):
-    """A file of weights that cannot be used; the message is one sentence."""
+    """A checkpoint that cannot be used; the message is one sentence that names the file."""
 
 
-# Our modules, and what they are called in three public worlds (None: there is no such thing): the
-# one table for reading their files and for writing Detectron2's. i, j, k are numbers, i_1 is i - 1,
-# j1 is j + 1, abc is the letter of k; {stage} is ".0", ".1", ".2" in a cascade, otherwise nothing.
-NAMES = (
-    # here, Detectron2, torchvision (classification), Detectron (as `caffe2_name` spells it)
-    ("backbone.stem.conv", "backbone.bottom_up.stem.conv1", "conv1", "conv1"),
-    ("backbone.stem.norm", "backbone.bottom_up.stem.conv1.norm", "bn1", "conv1_norm"),
-    ("backbone.res{i}.{j}.conv{k}.conv", "backbone.bottom_up.res{i}.{j}.conv{k}",
-     "layer{i_1}.{j}.conv{k}", "res{i}_{j}_branch2{abc}"),
-    ("backbone.res{i}.{j}.conv{k}.norm", "backbone.bottom_up.res{i}.{j}.conv{k}.norm",
-     "layer{i_1}.{j}.bn{k}", "res{i}_{j}_branch2{abc}_norm"),
-    ("backbone.res{i}.{j}.shortcut.conv", "backbone.bottom_up.res{i}.{j}.shortcut",
-     "layer{i_1}.{j}.downsample.0", "res{i}_{j}_branch1"),
-    ("backbone.res{i}.{j}.shortcut.norm", "backbone.bottom_up.res{i}.{j}.shortcut.norm",
-     "layer{i_1}.{j}.downsample.1", "res{i}_{j}_branch1_norm"),
-    ("backbone.conv{i}.{j}.conv", None, "features.{vgg}", "conv{i}_{j1}"),
-    ("fpn.lateral.{i}.conv", "backbone.fpn_lateral{i2}", None, None),
-    ("fpn.lateral.{i}.norm", "backbone.fpn_lateral{i2}.norm", None, None),
-    ("fpn.output.{i}.conv", "backbone.fpn_output{i2}", None, None),
-    ("fpn.output.{i}.norm", "backbone.fpn_output{i2}.norm", None, None),
-    ("rpn.conv", "proposal_generator.rpn_head.conv", None, None),
-    ("rpn.objectness", "proposal_generator.rpn_head.objectness_logits", None, None),
-    ("rpn.deltas", "proposal_generator.rpn_head.anchor_deltas", None, None),
-    ("box_heads.{i}.convs.{j}.conv", "roi_heads.box_head{stage}.conv{j1}", None, None),
-    ("box_heads.{i}.convs.{j}.norm", "roi_heads.box_head{stage}.conv{j1}.norm", None, None),
-    ("box_heads.{i}.fcs.{j}", "roi_heads.box_head{stage}.fc{j1}", "classifier.{j3}", "fc{j6}"),
-    ("box_heads.{i}.classifier", "roi_heads.box_predictor{stage}.cls_score", None, None),
-    ("box_heads.{i}.regressor", "roi_heads.box_predictor{stage}.bbox_pred", None, None),
-    ("mask_head.convs.{i}.conv", "roi_heads.mask_head.mask_fcn{i1}", None, None),
-    ("mask_head.convs.{i}.norm", "roi_heads.mask_head.mask_fcn{i1}.norm", None, None),
-    ("mask_head.deconv", "roi_heads.mask_head.deconv", None, None),
-    ("mask_head.predictor", "roi_heads.mask_head.predictor", None, None),
-    ("keypoint_head.convs.{i}.conv", "roi_heads.keypoint_head.conv_fcn{i1}", None, None),
-    ("keypoint_head.deconv", "roi_heads.keypoint_head.score_lowres", None, None),
-)  # fmt: skip
-FORMATS = {"detectron2": 1, "torchvision": 2, "caffe2": 3}
-STATISTICS_NAMES = {"image_mean": "pixel_mean", "image_std": "pixel_std"}  # here, Detectron2
+@contextlib.contextmanager
+def write_whole(path):
+    """A binary file to write to that appears at `path` whole or not at all, whatever dies when.
 
-# Mean and deviation of images, RGB in [0, 1], that go with the weights of each format where the
-# file does not say. Detectron2's scratch 9x models and X-101 were trained with other deviations.
-STATISTICS = {
-    "detectron2": ([123.675 / 255, 116.28 / 255, 103.53 / 255], [1 / 255] * 3),
-    "torchvision": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "caffe2": ([122.7717 / 255, 115.9465 / 255, 102.9801 / 255], [1 / 255] * 3),
-}
-
-
-def foreign_name(name, kind, cascade=False):
-    """The name of one of our parameters in another format, or None if it has none there."""
-    module, _, parameter = name.rpartition(".")
-    for row in NAMES:
-        match = re.fullmatch(re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", row[0]), module)
-        template = row[FORMATS[kind]]
-        if match and template:
-            n = {"i": 0, "j": 0, "k": 1} | {key: int(n) for key, n in match.groupdict().items()}
-            i, j, k = n["i"], n["j"], n["k"]
-            foreign = template.format(
-                **n, i_1=i - 1, i1=i + 1, i2=i + 2, j1=j + 1, j3=3 * j, j6=j + 6, abc="abc"[k - 1],
-                vgg={1: 0, 2: 5, 3: 10, 4: 17, 5: 24}.get(i, 0) + 2 * j,
-                stage=f".{i}" if cascade else "",
-            )  # fmt: skip
-            return f"{foreign}.{parameter}"
-    return None
-
-
-def caffe2_name(name):
-    """Detectron's names in one spelling: res_conv1_bn_s and conv1_gn_s are conv1_norm.weight."""
-    for pattern, replacement in (
-        (r"^res_conv1_", "conv1_"),
-        (r"_[bg]n_", "_norm_"),
-        (r"_(w|s|gamma)$", ".weight"),
-        (r"_(b|beta)$", ".bias"),
-        (r"_(rm|running_mean)$", ".running_mean"),
-        (r"_(riv|running_var)$", ".running_var"),
-    ):
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def convert(name, tensor, kind, forward=True):
-    """A tensor of another format as ours (forward), or ours as theirs. Exact both ways.
-
-    Detectron and Detectron2 read BGR, we RGB. Detectron2's background is the last class, ours the
-    first; box deltas and masks have no background in either.
+    A temporary file beside it, with a name of this process's own, is written to the disk, renamed,
+    and the renaming written to the disk as well. Raises OSError with the path.
     """
-    first = name in ("backbone.stem.conv.weight", "backbone.conv1.0.conv.weight")
-    if first and kind in ("detectron2", "caffe2"):
-        return tensor.flip(1)
-    if kind == "detectron2" and ".classifier." in name:
-        return tensor.roll(1 if forward else -1, dims=0)
-    return tensor
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # torch.save raises RuntimeError after the error of the file that it writes to.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise
 
 
-def to_detectron2(model):
-    """The model's weights with Detectron2's names and conventions: a dict of tensors."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        foreign = foreign_name(name, "detectron2", model.config["cascade"])
-        if foreign is not None:
-            state[foreign] = convert(name, tensor, "detectron2", forward=False).clone()
-    for ours, theirs in STATISTICS_NAMES.items():
-        state[theirs] = getattr(model, ours).double().flip(0) * 255
-    return state
-
-
-class PickledNames(dict):
-    """What an OrderedDict in a pickle becomes; attributes (torch hangs some on) are left out."""
-
-    def __setstate__(self, attributes):
-        pass
-
-
-class PickledType:
-    """What a numpy dtype in a pickle becomes: `dtype`, a type of number."""
-
-    def __init__(self, code, *_):
-        self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biufc":
-            raise pickle.UnpicklingError(f"it holds an array of type {code!r}, not of numbers")
-
-    def __setstate__(self, state):
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class PickledArray:
-    """What a numpy array in a pickle becomes: `value`, made here and not by numpy's unpickling."""
-
-    def __setstate__(self, state):
-        _, shape, kind, fortran, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data  # a string of Python 2
-        array = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C")
-        self.value = array.astype(kind.dtype.newbyteorder("="))
-
-    @classmethod
-    def make(cls, data, kind, shape, order="C"):
-        array = cls()
-        array.__setstate__((1, shape, kind, order == "F", data))
-        return array
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and scalars, numbers, strings and containers; refuses everything else.
-
-    A pickle is a program: whatever it names is imported, and what it names can be called. So only
-    the names below exist for it, and they are classes and functions of ours that can do no harm.
-    """
-
-    ALLOWED = {
-        "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
-        "numpy.core.numeric._frombuffer": PickledArray.make,
-        "numpy.core.multiarray.scalar": lambda kind, data: PickledArray.make(data, kind, ()).value,
-        "numpy.ndarray": None,  # an argument of _reconstruct, never called
-        "numpy.dtype": PickledType,
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-        "collections.OrderedDict": PickledNames,
+def save_model(model, path, **more):
+    """Write a checkpoint: config, data settings, weights, and `more` (plain data and tensors)."""
+    content = {
+        "config": dataclasses.asdict(model.config),
+        "data": model.data_settings,
+        "weights": model.state_dict(),
     }
-
-    def find_class(self, module, name):
-        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
-        if full not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no weights need")
-        return self.ALLOWED[full]
+    with write_whole(path) as file:
+        torch.save(content | more, file)
 
 
-def read_file(path):
-    """What a .pth or .pkl file holds, with nothing in it executed. Raises WeightsError."""
+def read_checkpoint(path):
+    """What a file of `save_model` holds, on the CPU. Nothing in it is executed.
+
+    Raises WeightsError if there is no such file, if it is damaged or of another project.
+    """
     try:
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
-            file.seek(0)
-            content = None if zipped else RestrictedUnpickler(file, encoding="latin1").load()
-        if zipped or isinstance(content, int):  # torch's own format, or the one before it
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            is_zip = file.read(2) == b"PK"
+        content = torch.load(path, map_location="cpu", weights_only=True) if is_zip else None
     except FileNotFoundError:
         raise WeightsError(f"There is no file {path}.") from None
     except IsADirectoryError:
-        raise WeightsError(f"{path} is a folder; name the file of weights in it.") from None
-    except Exception as error:  # whatever a truncated, foreign or malicious file brings about
-        reason = f"{error}".partition("\n")[0][:200].rstrip(".") or type(error).__name__
-        named = re.search(r"GLOBAL (\S+)", f"{error}")
-        if named:  # torch's own message goes on to say how to execute it all the same
-            reason = f"it names {named[1]}, which no weights need"
-        raise WeightsError(f"{path} cannot be read as weights: {reason}.") from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise WeightsError(f"{path} cannot be read as weights: it holds a {kind}, not tensors.")
+        raise WeightsError(f"{path} is a folder; name the checkpoint in it.") from None
+    except Exception:  # whatever a truncated, foreign or malicious file brings about
+        raise WeightsError(
+            f"{path} is damaged or incomplete, or is no checkpoint of this project: use the one "
+            "before it."
+        ) from None
+    if not isinstance(content, dict) or not content.keys() >= {"config", "data", "weights"}:
+        if isinstance(content, dict) and "backbone.res2.0.conv1.conv.weight" in content:
+            raise WeightsError(
+                f"{path} is a bare state dict, without the config and the data settings of its "
+                "model: write it with model.save_model(model, path)."
+            )
+        raise WeightsError(
+            f"{path} is no checkpoint of this project: if it holds weights of another one, convert "
+            f"it with tools/convert_weights.py {path} OUT."
+        )
+    for name, tensor in content["weights"].items():
+        if not isinstance(name, str) or not torch.is_tensor(tensor):
+            raise WeightsError(
+                f"{path} is no checkpoint of this project: not all weights are tensors."
+            )
     return content
 
 
-def read_weights(path):
-    """Tensors of a file by their names there, its format ("own" or of FORMATS), and all of it."""
-    content = read_file(path)
-    state = content
-    for key in ("model", "blobs"):
-        if isinstance(content.get(key), dict):
-            state = content[key]
-    try:
-        arrays = {
-            name: torch.from_numpy(value.value)
-            for name, value in state.items()
-            if isinstance(value, PickledArray)
-        }
-    except (AttributeError, TypeError) as error:  # an array without data, or of a type torch lacks
-        raise WeightsError(f"{path} holds an array that is no tensor: {error}.") from None
-    state = {n: v for n, v in (state | arrays).items() if isinstance(n, str) and torch.is_tensor(v)}
-    if any("conv2_offset" in name for name in state):
-        raise WeightsError(f"{path} has deformable convolutions, which this project does not have.")
-    if "model_config" in content:
-        return state, "own", content
-    signs = {
-        "proposal_generator.rpn_head.conv.weight": "detectron2",
-        "layer1.0.conv1.weight": "torchvision",
-        "features.0.weight": "torchvision",
-        "res2_0_branch2a_w": "caffe2",
-        "conv1_1_w": "caffe2",
-    }
-    for sign, kind in signs.items():
-        if sign in state:
-            return state, kind, content
-    raise WeightsError(
-        f"{path} holds weights, but with the names of no model known here (train.py, Detectron2's "
-        "FPN detectors, torchvision's classification, Detectron's ImageNet models)."
-    )
+def load_model(path):
+    """The model of a checkpoint, on the CPU and in evaluation mode. Raises WeightsError.
 
-
-def translate(state, kind, model):
-    """A state dict of another format with our names, and the names in it that were not used.
-
-    Only names that the model has are translated; shapes are checked by `fill`.
+    The config in the file is not trusted: the model is built without memory first, and filled if
+    every tensor of the file has the shape that the config says.
     """
-    if kind == "own":
-        return dict(state), []
-    if kind == "caffe2":
-        folded = any(name.endswith("_bn_s") for name in state)
-        state = {caffe2_name(name): tensor for name, tensor in state.items()}
-        if folded:  # MSRA's files have BN's statistics folded into its scale and shift
-            norms = [m for m in model.backbone.modules() if hasattr(m, "running_var")]
-            if any(norm.weight.requires_grad for norm in norms):  # a frozen layer's does not
-                raise WeightsError("This file has BN's scale and shift but not its statistics, "
-                                   "which only fits a model with norm frozen_bn.")  # fmt: skip
-            for name in [name for name in state if name.endswith("_norm.weight")]:
-                module = name.removesuffix(".weight")
-                state[f"{module}.running_mean"] = torch.zeros_like(state[name])
-                state[f"{module}.running_var"] = torch.ones_like(state[name]) - 1e-5  # + eps is 1
-    found, used = {}, set()
-    for name in model.state_dict():
-        foreign = foreign_name(name, kind, model.config["cascade"])
-        if foreign in state:
-            found[name] = convert(name, state[foreign], kind)
-            used.add(foreign)
-    for (ours, theirs), default in zip(STATISTICS_NAMES.items(), STATISTICS[kind]):
-        value = torch.tensor(default, dtype=torch.float64)
-        if theirs in state:
-            value = state[theirs].double().flatten().flip(0) / 255
-            used.add(theirs)
-        found[ours] = value.view(3, 1, 1)
-    return found, sorted(set(state) - used)
-
-
-def fill(model, found, unused, path, verbose):
-    """Copy tensors into the model, by our names, and say what was filled and what was not."""
-    own = model.state_dict()
-    counted = [name for name in own if not name.endswith("num_batches_tracked")]
-    filled = [name for name in counted if name in found]
-    left = [name for name in counted if name not in found]
-    unused = unused + [name for name in found if name not in own]
-    backbone = f"{model.config['backbone']} with norm {model.config['norm']}"
-    if not any(name.startswith("backbone.") for name in filled):
-        raise WeightsError(f"{path} has no weights for the backbone of this model, {backbone}.")
-    for name in left:
-        if name.startswith("backbone."):
-            raise WeightsError(f"{path} is of another backbone than {backbone}: it has no {name}.")
-    for name in unused:
-        # E.g. of a deeper ResNet, or statistics of BN where the model has GN.
-        if re.match(r"(backbone\.(?!fpn)|layer\d|features|res\d)(?!.*num_batches_tracked)", name):
-            raise WeightsError(f"{path} is of another backbone than {backbone}: it has {name}.")
-    for name in filled:
-        theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
-        if theirs != ours:
-            raise WeightsError(f"{path} does not fit this model: {name} has shape {theirs} in the "
-                               f"file and {ours} in the model.")  # fmt: skip
-    model.load_state_dict(found, strict=False)
-    for name in STATISTICS_NAMES:  # a checkpoint made from here on tells of them
-        loaded = getattr(model, name).flatten().tolist()
-        if loaded != torch.tensor(model.config[name]).tolist():
-            model.config[name] = tuple(loaded)
-    if verbose:
-        print(f"Weights   {path}: {len(filled)} tensors loaded, "
-              f"{len(left)} left at their initialization{summary(left)}, "
-              f"{len(unused)} in the file not used{summary(unused)}")  # fmt: skip
-
-
-def summary(names):
-    """The modules that names belong to, in a few words: " (rpn, box_heads, mask_head)"."""
-    modules = list(dict.fromkeys(name.split(".")[0] for name in names))
-    shown = ", ".join(modules[:4]) + (", ..." if len(modules) > 4 else "")
-    return f" ({shown})" if modules else ""
+    content = read_checkpoint(path)
+    try:
+        with torch.device("meta"):
+            model = MaskRCNN(Config(**content["config"]))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path} describes a model that cannot be built: {error}") from None
+    weights = content["weights"]
+    for name, tensor in model.state_dict().items():
+        if name not in weights:
+            raise WeightsError(f"{path} has no {name}; it is of another model, or incomplete.")
+        if weights[name].shape != tensor.shape:
+            raise WeightsError(
+                f"{path} has {name} of shape {tuple(weights[name].shape)}, and its config says "
+                f"{tuple(tensor.shape)}."
+            )
+    model.to_empty(device="cpu").load_state_dict(weights, strict=False)
+    model.data_settings |= content["data"]
+    return model.eval()
 
 
 def load_weights(model, path, verbose=True):
-    """Fill a model from a file: our checkpoints, Detectron2's detectors (.pkl, .pth), torchvision's
-    classification weights or Detectron's ImageNet pickles (the backbone); told by their contents.
+    """Fill a model from a checkpoint, as far as its tensors have the model's names and shapes.
 
-    The image statistics that belong to the weights are set as well. A classifier for other classes
-    is an error. Raises WeightsError naming the parameter where a shape does not fit, and where the
-    file does not fill the backbone. Nothing in the file is executed.
+    The backbone must fit. The rest need not: a checkpoint may be a backbone alone, or a detector of
+    other classes; what does not fit stays as it is, and is named. The image statistics that belong
+    to the weights are set as well. Raises WeightsError; the model is then unchanged.
     """
-    state, kind, _ = read_weights(path)
-    found, unused = translate(state, kind, model)
-    fill(model, found, unused, path, verbose)
-
-
-def infer_config(state):
-    """The arguments of `build_model` for a detector in Detectron2's names, from names and shapes.
-
-    Raises KeyError with the name of a parameter that a detector must have.
-    """
-    cascade = "roi_heads.box_head.0.fc1.weight" in state
-
-    def named(name):
-        return foreign_name(name, "detectron2", cascade)
-
-    def count(name):
-        return next(n for n in itertools.count() if named(name.format(n)) not in state)
-
-    outputs, inputs = state[named("backbone.res2.0.conv2.conv.weight")].shape[:2]
-    body = {
-        "blocks": tuple(count(f"backbone.res{i}.{{}}.conv1.conv.weight") for i in (2, 3, 4, 5)),
-        "groups": outputs // inputs,
-        "width_per_group": inputs,
-    }
-    backbone = "resnet50"  # also for widths that have no name
-    for name, changes in BACKBONES.items():
-        if body.items() <= (DEFAULTS | changes).items():
-            backbone = name
-    norm = "frozen_bn"
-    if named("fpn.lateral.0.norm.weight") in state:
-        norm = "syncbn" if named("fpn.lateral.0.norm.running_mean") in state else "gn"
-    classes = len(state[named("box_heads.0.classifier.weight")]) - 1
-    deltas = len(state[named("box_heads.0.regressor.weight")])
-    keypoints = state.get(named("keypoint_head.deconv.weight"))
-    config = {
-        "backbone": backbone,
-        "norm": norm,
-        "num_classes": classes,
-        "masks": named("mask_head.predictor.weight") in state,
-        "keypoints": 0 if keypoints is None else keypoints.shape[1],
-        "cascade": cascade,
-        **body,
-        "box_head_convs": count("box_heads.0.convs.{}.conv.weight"),
-        "box_head_fcs": count("box_heads.0.fcs.{}.weight"),
-        "mask_head_convs": count("mask_head.convs.{}.conv.weight"),
-        "keypoint_head_convs": count("keypoint_head.convs.{}.conv.weight"),
-        "box_class_agnostic": deltas < 4 * classes,
-        # Not in the file: what Detectron2's configurations for such models say.
-        "stride_in_1x1": norm == "frozen_bn" and body["groups"] == 1,
-        "roi_sampling_ratio": 0,
-        "rpn_smooth_l1_beta": 0.0,
-        "box_smooth_l1_beta": 0.0 if keypoints is None else 0.5,
-    }
-    for width, name in (
-        ("stem_width", "backbone.stem.conv.weight"),
-        ("fpn_channels", "fpn.lateral.0.conv.weight"),
-        ("box_head_channels", "box_heads.0.convs.0.conv.weight"),
-        ("box_head_fc_channels", "box_heads.0.fcs.0.weight"),
-        ("mask_head_channels", "mask_head.convs.0.conv.weight"),
-        ("keypoint_head_channels", "keypoint_head.convs.0.conv.weight"),
-    ):
-        if named(name) in state:
-            config[width] = len(state[named(name)])
-    return config
-
-
-def load_model(path, verbose=True, **overrides):
-    """Build the model that a file is of, and fill it; in evaluation mode.
-
-    A checkpoint of train.py says everything, its `data_settings` included. For a detector of
-    Detectron2 the architecture is inferred from names and shapes; what the file does not say is
-    assumed (image_mean, image_std, stride_in_1x1, roi_sampling_ratio; printed), and can be given in
-    `overrides` like any other argument of `build_model`. Raises WeightsError.
-    """
-    state, kind, content = read_weights(path)
-    if kind not in ("own", "detectron2"):
-        raise WeightsError(f"{path} is a backbone for fine-tuning ({kind}), not a detector; give "
-                           "it to train.py --init, or to load_weights.")  # fmt: skip
-    try:
-        config = content["model_config"] if kind == "own" else infer_config(state)
-        model = build_model(**config | overrides)
-        model.data_settings = content["data"] if kind == "own" else model.data_settings
-    except KeyError as error:
-        raise WeightsError(f"{path} looks like a detector but has no {error}.") from None
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{path} describes a model that cannot be built: {error}") from None
-    found, unused = translate(state, kind, model)
-    missing = [n for n in model.state_dict() if n not in found and "num_batches_tracked" not in n]
-    if missing:
-        raise WeightsError(f"{path} has no {missing[0]}; it is of another model, or incomplete.")
-    for name in STATISTICS_NAMES:
-        if name in overrides:
-            found[name] = torch.tensor(overrides[name]).view(3, 1, 1)
-    fill(model, found, unused, path, verbose)
-    if kind == "detectron2" and verbose:
-        known = [name for name, theirs in STATISTICS_NAMES.items() if theirs in state]
-        inferred = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
-        assumed = ("stride_in_1x1", "roi_sampling_ratio", "image_mean", "image_std")
-        for title, names in (("Inferred ", inferred), ("Assumed  ", assumed)):
-            names = [name for name in names if name not in overrides and name not in known]
-            print(title, ", ".join(f"{name}={model.config[name]}" for name in names))
-    return model.eval()
+    weights = read_checkpoint(path)["weights"]
+    own = model.state_dict()
+    fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
+    left = [name for name in own if name not in fitting]
+    unused = [name for name in weights if name not in own]
+    kind = f"{model.config.backbone} with norm {model.config.norm}"
+    for name in left + unused:
+        if name.startswith("backbone."):
+            what = "has" if name in unused else "has no fitting"
+            raise WeightsError(f"{path} is of another backbone than {kind}: it {what} {name}.")
+    before = model.image_mean.flatten().tolist(), model.image_std.flatten().tolist()
+    model.load_state_dict(fitting, strict=False)
+    mean, std = (tuple(x.flatten().tolist()) for x in (model.image_mean, model.image_std))
+    if (list(mean), list(std)) != before:
+        model.config = dataclasses.replace(model.config, image_mean=mean, image_std=std)
+    if verbose:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in left)
+        print(f"Weights   {path}: {len(fitting)} tensors loaded")
+        if left:
+            print(f"          left at their initialization: {', '.join(modules)}")
+        if unused:
+            print(f"          not used: {', '.join(unused)}")
+        if (list(mean), list(std)) != before:
+            print(f"          image_mean {mean} and image_std {std} are the file's")

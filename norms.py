@@ -1,18 +1,24 @@
-"""Normalization layers, Sec. 3.1 of "Rethinking ImageNet Pre-training" (arXiv 1811.08883).
+"""Normalization layers (Sec. 3.1 of "Rethinking ImageNet Pre-training", arXiv 1811.08883).
 
-Batch normalization cannot train a detector from scratch as it is: with 1 or 2 images per GPU its
-statistics are too noisy, and the usual escape, freezing them at their ImageNet values, needs a
-pre-trained model. The paper uses either of two layers that work with small batches:
+Every layer here maps x to
 
-  GroupNorm       statistics of one image only, over groups of channels; no batch involved
-  SyncBatchNorm   BN whose statistics come from all GPUs (8 x 2 images)
+    y = gamma * (x - mean) / sqrt(var + eps) + beta        gamma, beta: learned, one per channel
 
-in place of what detectors used before:
+and they differ in what mean and var are taken over. For x of shape [N, C, H, W]:
 
-  FrozenBatchNorm BN turned into a fixed affine map; only makes sense with pre-trained statistics
-  BatchNorm       BN over the images of one GPU: what small batches break
+    layer             mean and var are those of            averaged over       statistics in total
+    GroupNorm         an image and a group of channels     C / 32, H, W        N * 32
+    BatchNorm         a channel                            N, H, W             C
+    SyncBatchNorm     a channel, over all processes        all N's, H, W       C
+    FrozenBatchNorm   nothing: they are constants          -                   C
 
-This file imports torch only. Each class can be lifted out, SyncBatchNorm with AllReduceSum.
+Why a detector trained from scratch needs the first or the third: an image of 800 x 1333 leaves
+room for one or two images on a GPU, and BN's statistics of so few images are noisy and differ from
+the averages that it uses at test time. Detectors used to freeze BN at the statistics of ImageNet,
+which needs a pre-trained model. GroupNorm does not look at the batch at all; SyncBatchNorm makes
+the batch that of all GPUs (8 x 2 images).
+
+This file imports torch only; each class can be copied out (SyncBatchNorm with AllReduceSum).
 """
 
 import torch
@@ -23,6 +29,7 @@ from torch import nn
 class GroupNorm(nn.GroupNorm):
     """Group normalization (Wu and He, ECCV 2018) with the paper's setting: 32 groups, eps 1e-5.
 
+    [N, C, H, W] to the same shape, dtype and memory format; statistics are float32 or better.
     Raises ValueError if `channels` cannot be divided into `groups`.
     """
 
@@ -34,12 +41,50 @@ class GroupNorm(nn.GroupNorm):
             )
         super().__init__(groups, channels, eps)
 
+    def forward(self, x):
+        # Two ways to the same numbers. torch's kernel is 4 to 9 times as fast on the CPU. It takes
+        # float32 and contiguous memory only: bfloat16 and channels_last would be copied for it, and
+        # torch.compile cannot fuse it with the ReLU and the addition that follow.
+        copied = x.dtype != torch.float32 or not x.is_contiguous()
+        if torch.compiler.is_compiling() or (x.is_cuda and copied):
+            return self.written_out(x)
+        return super().forward(x)
+
+    def written_out(self, x):
+        """The formula of GroupNorm in torch's operations."""
+        n, c = x.shape[:2]
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        # 1) mean and variance of each channel of each image
+        var, mean = torch.var_mean(x32, dim=(2, 3), correction=0)  # [N, C]
+        # 2) those of a group: the mean of the means; the mean of the variances plus the variance of
+        #    the means. (E[x^2] - E[x]^2 would lose all digits where the mean is large.)
+        var, mean = (s.view(n, self.num_groups, -1) for s in (var, mean))  # [N, groups, C / groups]
+        group_mean = mean.mean(dim=2, keepdim=True)  # [N, groups, 1]
+        group_var = (var + (mean - group_mean).square()).mean(dim=2, keepdim=True)
+        # 3) gamma * (x - mean) / sqrt(var + eps) + beta, as one multiplication and one addition
+        scale = self.weight.view(self.num_groups, -1) * (group_var + self.eps).rsqrt()
+        shift = self.bias.view(self.num_groups, -1) - group_mean * scale  # [N, groups, C / groups]
+        scale, shift = (s.reshape(n, c, 1, 1) for s in (scale, shift))
+        return torch.addcmul(shift, x32, scale).to(x.dtype)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d over the images of this process alone: the layer that small batches break.
+
+    A batch without elements (no RoIs) leaves the running statistics as they are, on every device.
+    """
+
+    def forward(self, x):  # [N, C, H, W] -> the same
+        if x.numel() > 0:
+            return super().forward(x)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
 
 class FrozenBatchNorm(nn.Module):
-    """y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, and none of it is trained.
+    """BN with constant statistics and nothing to learn: y = x * scale + shift for each channel.
 
-    The layer of fine-tuned detectors before this paper ("channel-wise affine" in Detectron). The
-    four vectors are buffers with the names of nn.BatchNorm2d, so its weights load as they are.
+    The layer of detectors before this paper ("channel-wise affine" in Detectron); it only makes
+    sense with pre-trained weights. Its four buffers have the names of nn.BatchNorm2d.
     """
 
     def __init__(self, channels, eps=1e-5):
@@ -51,7 +96,7 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x):  # [N, C, H, W] -> the same
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        scale = self.weight * (self.running_var + self.eps).rsqrt()  # [C]
         shift = self.bias - self.running_mean * scale
         return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
 
@@ -59,24 +104,12 @@ class FrozenBatchNorm(nn.Module):
         return f"{len(self.weight)}, eps={self.eps}"
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d over the images of this process alone; the layer that small batches break.
-
-    A batch without elements (no RoIs) leaves the running statistics as they are, on every device.
-    """
-
-    def forward(self, x):
-        if x.numel() > 0:
-            return super().forward(x)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
 class AllReduceSum(torch.autograd.Function):
     """Sum of a tensor over all processes, differentiable.
 
-    Why the backward is an all-reduce too: every process r computes its own loss L_r from the same
-    sum s = x_1 + ... + x_R, and what is minimized is the sum of all the losses. So the gradient
-    with respect to *any* x_i is d(L_1 + ... + L_R)/ds: the sum of what the processes hold.
+    Why the backward pass is an all-reduce too: every process r computes its own loss L_r from the
+    same sum s = x_1 + ... + x_R, and what is minimized is L_1 + ... + L_R. The gradient with
+    respect to *any* x_i is therefore d(L_1 + ... + L_R)/ds, the sum of what the processes hold.
     (DDP then divides every gradient by R, which makes the sum of the losses their mean.)
     """
 
@@ -97,74 +130,60 @@ class AllReduceSum(torch.autograd.Function):
 class SyncBatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d whose training statistics are those of the batches of all processes together.
 
-    Parameters, buffers and evaluation are nn.BatchNorm2d's. Processes may have different numbers
-    of images, of different sizes, even none: every element counts the same, and a process without
-    any still joins the all-reduces of the forward and of the backward pass, which would otherwise
-    wait for it for ever. With one process this is plain BN over its batch.
+    Parameters, buffers and evaluation are nn.BatchNorm2d's; with one process it is nn.BatchNorm2d.
+    Processes may have different numbers of images, of different sizes, even none: every element
+    counts the same. A process without any still joins both all-reduces, of the forward and of the
+    backward pass; otherwise the others would wait for it for ever.
 
-    On CUDA, torch's fused kernels compute the same, but wait for the device once a layer, and let
-    the running statistics decay where no process has any element; elsewhere (gloo) the code below
-    does it.
+    It is not nn.SyncBatchNorm because that one runs on CUDA only (DDP refuses it on the CPU), waits
+    for the device in every layer, and lets the running statistics decay if there is no element.
     """
 
     def __init__(self, channels, eps=1e-5, momentum=0.1, process_group=None):
         super().__init__(channels, eps, momentum)
         self.process_group = process_group
 
-    def forward(self, x):
-        if not self.training:
+    def forward(self, x):  # [N, C, H, W] -> the same
+        together = dist.is_available() and dist.is_initialized()
+        world_size = dist.get_world_size(self.process_group) if together else 1
+        if not self.training or (world_size == 1 and x.numel() > 0):
             return super().forward(x)
-        world_size = 1
-        if dist.is_available() and dist.is_initialized():
-            world_size = dist.get_world_size(self.process_group)
-        if world_size == 1 and x.numel() > 0:
-            return super().forward(x)
-        if world_size > 1 and x.is_cuda:
-            return self._forward_cuda(x, world_size)
-        return self._forward(x, world_size)
 
-    def _forward(self, x, world_size):
-        # Each process sends the sum and the sum of squares of each channel, and its number of
-        # elements. The squares are summed around the local mean and moved to zero in float64:
-        # E[x^2] - E[x]^2 in float32 would lose the variance of channels whose mean is large.
+        # 1) Sum and sum of squares of each channel here. The squares are summed around the local
+        #    mean and moved to zero in float64: E[x^2] - E[x]^2 in float32 would lose all digits of
+        #    the variance where the mean is large.
         n = x.numel() // x.shape[1]
         x32 = x.float()
         local_mean = x32.sum(dim=(0, 2, 3)) / max(n, 1)  # [C]
         squares = (x32 - local_mean[:, None, None]).square().sum(dim=(0, 2, 3)).double()
         local_mean = local_mean.double()
-        moments = torch.cat([local_mean * n, squares + local_mean.square() * n])
-        sums = torch.cat([moments, moments.new_tensor([float(n)])])  # [2C + 1]
+        sums = torch.cat([local_mean * n, squares + local_mean.square() * n])
+        sums = torch.cat([sums, sums.new_tensor([float(n)])])  # [2 C + 1]
+
+        # 2) The same over all processes
         if world_size > 1:
             sums = AllReduceSum.apply(sums, self.process_group)
         count = sums[-1].detach().clamp(min=1)
-        mean, square = (sums[:-1] / count).chunk(2)
-        var = square - mean.square()  # biased, as BN normalizes with it
+        mean, square = (sums[:-1] / count).chunk(2)  # [C] each
+        var = square - mean.square()
+        self.update_running_statistics(mean, var, count, seen=sums[-1] > 0)
 
-        with torch.no_grad():
-            # A batch without any element anywhere (count 0) leaves the running statistics alone;
-            # `torch.where` and not `if`, so that no process has to wait for the number.
-            seen = sums[-1] > 0
-            unbiased = var * (count / (count - 1).clamp(min=1))
-            for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-                batch = batch.to(running.dtype)
-                running.copy_(torch.where(seen, running.lerp(batch, self.momentum), running))
-            self.num_batches_tracked += 1
-
+        # 3) gamma * (x - mean) / sqrt(var + eps) + beta
         scale = self.weight * (var + self.eps).rsqrt().float()
         shift = self.bias - mean.float() * scale
         return torch.addcmul(shift[:, None, None], x32, scale[:, None, None]).to(x.dtype)
 
-    def _forward_cuda(self, x, world_size):
-        from torch.nn.modules._functions import SyncBatchNorm as fused  # torch's own layer calls it
+    @torch.no_grad()
+    def update_running_statistics(self, mean, var, count, seen):
+        """running = (1 - momentum) * running + momentum * batch, unless no process has an element.
 
+        `torch.where` instead of `if`: no process has to wait for the number to arrive from the GPU.
+        """
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
+            batch = batch.to(running.dtype)
+            running.copy_(torch.where(seen, running.lerp(batch, self.momentum), running))
         self.num_batches_tracked += 1
-        group = self.process_group or dist.group.WORLD
-        # A process without elements sends its zeros in its own dtype; the others send float32.
-        y = fused.apply(
-            x if x.numel() > 0 else x.float(), self.weight, self.bias,
-            self.running_mean, self.running_var, self.eps, self.momentum, group, world_size,
-        )  # fmt: skip
-        return y.to(x.dtype)
 
 
 NORMS = {

@@ -301,34 +301,13 @@ def _write_split(root, split, count, seed, first_id):
             if "keypoints" in o:
                 persons.append(annotation)
             instances.append({key: annotation[key] for key in annotation if "keypoints" not in key})
-    categories = [
-        {"id": category_id, "name": name, "supercategory": "shape"}
-        for category_id, name in TOY_CATEGORIES.items()
-    ]
+    categories = [{"id": k, "name": n, "supercategory": "shape"} for k, n in TOY_CATEGORIES.items()]
     person = {**categories[0], "keypoints": KEYPOINT_NAMES, "skeleton": SKELETON}
     content = {"info": {"description": "generated shapes and figures"}, "licenses": []}
-    for kind, annotations, listed in (
-        ("instances", instances, categories),
-        ("person_keypoints", persons, [person]),
-    ):
-        content |= {"images": images, "annotations": annotations, "categories": listed}
-        (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content))
-
-
-def _is_made(root, settings):
-    """True: root holds this generated data set. False: nothing. UserError: something else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    try:
-        found = json.loads((root / "toy.json").read_text())
-    except (OSError, ValueError):
-        found = None
-    if found != settings:
-        raise UserError(
-            f"{root} holds something else than generated data with the settings {settings}; "
-            "delete it or name another folder."
-        )
-    return True
+    content |= {"images": images, "annotations": instances, "categories": categories}
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    content |= {"annotations": persons, "categories": [person]}
+    (root / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(content))
 
 
 def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
@@ -339,13 +318,15 @@ def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
     only when complete. UserError if root holds anything else.
     """
     root = Path(root).absolute()
-    settings = {"version": VERSION, "train": train_images, "val": val_images, "seed": seed}
     if min(train_images, val_images) < 1 or max(train_images, val_images) > 500_000 or seed < 0:
-        raise UserError(
-            "Generated data needs 1 to 500,000 images in each split and a seed of at least 0.", 2
-        )
-    if _is_made(root, settings):
+        raise UserError("Make 1 to 500,000 images of each split, with a seed of 0 or more.", 2)
+    settings = {"version": VERSION, "train": train_images, "val": val_images, "seed": seed}
+    marker = root / "toy.json"
+    if marker.is_file() and marker.read_text() == json.dumps(settings):
         return
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        problem = f"holds something else than generated data with the settings {settings}"
+        raise UserError(f"{root} {problem}; delete it or name another folder.")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.unfinished-", dir=root.parent) as folder:
         made = Path(folder) / "made"
@@ -356,7 +337,7 @@ def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
         try:
             made.rename(root)
         except OSError:
-            if not _is_made(root, settings):  # another process may have been faster
+            if not marker.is_file():  # another process may have been faster
                 raise
 
 
