@@ -1,0 +1,133 @@
+"""The curves of training runs, overlaid: validation AP and training loss against iteration.
+
+  python tools/plot.py RUN [RUN ...] [--out curves.png]
+
+RUN is a folder that train.py has written to (or its log.jsonl). The figure has the paper's Figures
+1, 3, 4 and 7 on the left (AP of boxes solid, of masks dashed, of keypoints dotted) and Figure 8 on
+the right (loss, as a running mean over a fiftieth of the run). It needs matplotlib.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
+import evaluate
+from data import UserError
+
+FORMATS = (".png", ".svg", ".pdf")
+STYLES = {
+    ("bbox", "AP"): "-",
+    ("segm", "AP"): "--",
+    ("keypoints", "AP"): ":",
+    ("voc", "mAP50"): "-",
+}
+
+
+def is_record(record):
+    """Whether a line of JSON is one that train.py writes: a step or an evaluation."""
+    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+        return False
+    metrics = [
+        record[kind].get(name) for kind, name in STYLES if isinstance(record.get(kind), dict)
+    ]
+    values = [value for value in metrics if value is not None]
+    if "loss" in record:
+        values.append(record["loss"])
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+def read_log(run):
+    """The records (dicts) of RUN/log.jsonl. Lines that are no record are left out, and said so.
+
+    Raises UserError where there is no log, or nothing in it.
+    """
+    path = Path(run)
+    path = path / "log.jsonl" if path.is_dir() else path
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a run's folder.") from None
+    records, foreign = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (
+            ValueError,
+            RecursionError,
+        ):  # of a run that was killed, the last may be half a line
+            record = None
+        if is_record(record):
+            records.append(record)
+        else:
+            foreign.append(number)
+    if not records:
+        raise UserError(f"{path} has no record of a training run; name another run.")
+    if foreign:
+        print(f"{path}: left out {len(foreign)} lines that are no records ({foreign[0]}, ...)")
+    return records
+
+
+def smooth(values, window):
+    """Running mean of a list over up to `window` values that end at each."""
+    sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot(runs, output):
+    """Draw the curves of runs (folders) into the file `output`; its suffix says which format.
+
+    Raises UserError for a log that cannot be read or a format that there is not, ImportError
+    without matplotlib.
+    """
+    if Path(output).suffix not in FORMATS:
+        raise UserError(f"{output} must end in {', '.join(FORMATS)}.", code=2)
+    logs = [read_log(run) for run in runs]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("Curves need matplotlib: pip install matplotlib.") from None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (run, records) in enumerate(zip(runs, logs)):
+        color = f"C{number}"
+        name = Path(run).resolve().name
+        for (kind, metric), style in STYLES.items():
+            points = [(r["iteration"], r[kind].get(metric)) for r in records if kind in r]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                label = f"{name}, {kind}"
+                left.plot(*zip(*points), style, color=color, marker=".", label=label)
+        steps = [(r["iteration"], r["loss"]) for r in records if "loss" in r]
+        if steps:
+            iterations, losses = zip(*steps)
+            losses = smooth(losses, max(1, len(losses) // 50))
+            right.plot(iterations, losses, color=color, label=name)
+    left.set_ylabel("validation AP")
+    right.set_ylabel("training loss")
+    for axes in (left, right):
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(output, dpi=120)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its log.jsonl")
+    parser.add_argument("--out", default="curves.png", metavar="FILE", help="(curves.png)")
+    args = parser.parse_args(arguments)
+    plot(args.runs, args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(evaluate.run_command("plot.py", main))
