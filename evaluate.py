@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import WeightsError, load_model, read_checkpoint, write_whole
+from model import WeightsError, check_images, load_model, read_checkpoint, write_whole
 
 # ---- Prediction on an image ----------------------------------------------------------------------
 
@@ -64,12 +64,7 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
     elif not torch.is_tensor(image):
         # A copy in C's order, since torch refuses the negative strides of bgr[..., ::-1].
         image = torch.from_numpy(np.atleast_3d(np.array(image, order="C"))).permute(2, 0, 1)
-    is_known = image.dtype == torch.uint8 or image.is_floating_point()
-    if image.ndim != 3 or len(image) != 3 or not is_known:
-        raise ValueError(
-            "An image must be an array [H, W, 3] or a tensor [3, H, W] of uint8 or float; as a "
-            f"tensor, this one is {image.dtype} {list(image.shape)}."
-        )
+    check_images([image])
     size = tuple(image.shape[1:])
     with evaluation_mode(model):
         detections = detect(model, image, size, min_size, max_size, tta)
@@ -79,18 +74,19 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
 
 
 @contextlib.contextmanager
-def evaluation_mode(model, amp=False):
-    """Evaluation mode without gradients, then the mode that was before; amp: bfloat16 autocast."""
+def evaluation_mode(model):
+    """Evaluation mode without gradients inside the `with`, then the mode that was before."""
     training = model.training
-    model.eval()
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(model.image_mean.device.type, torch.bfloat16, enabled=amp),
-        ):
-            yield
+        with torch.no_grad():
+            yield model.eval()
     finally:
         model.train(training)
+
+
+def autocast(model, amp):
+    """Convolutions and matrix products of the model in bfloat16, inside the `with`, if amp."""
+    return torch.autocast(model.image_mean.device.type, torch.bfloat16, enabled=amp)
 
 
 def detect(model, image, size, min_size=None, max_size=None, tta=False):
@@ -109,13 +105,13 @@ def detect(model, image, size, min_size=None, max_size=None, tta=False):
         image = data.resize_image(image, *resized)
         (found,) = model([image.to(model.image_mean.device)])
     found = {name: value.cpu() for name, value in found.items()}
-    found = {
-        k: v.float() if v.is_floating_point() else v for k, v in found.items()
-    }  # amp's bfloat16
+    for name in found.keys() - {"labels"}:
+        found[name] = found[name].float()  # from amp's bfloat16
     found["boxes"] = data.resize_boxes(found["boxes"], resized, size, flip=False)
     found["boxes"] = ops.clip_boxes_to_image(found["boxes"], size)
     if "keypoints" in found:
-        found["keypoints"] *= torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
+        scale = torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
+        found["keypoints"] = found["keypoints"] * scale
     kept = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(dim=1)
     return {name: value[kept] for name, value in found.items()}
 
@@ -124,7 +120,7 @@ def paste_masks(masks, boxes, height, width):
     """Masks [N, M, M] (probabilities) of boxes [N, 4] as bool [N, height, width] of the image."""
     pairs = zip(masks.float().cpu().numpy(), boxes.tolist())
     pasted = [paste_mask(mask, box, height, width) for mask, box in pairs]
-    return torch.from_numpy(np.array(pasted).reshape(-1, height, width))
+    return torch.from_numpy(np.array(pasted, bool).reshape(len(pasted), height, width))
 
 
 def paste_mask(mask, box, height, width):
@@ -287,12 +283,13 @@ def evaluate(
     check_classes(model, dataset)
     if rank == 0:
         truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
-        for kind in RESULTS if out is not None else ():
-            # Results of an earlier run must not pass for those of this one.
-            Path(out, f"results_{kind}.json").unlink(missing_ok=True)
+        if out is not None:  # results of an earlier run must not pass for those of this one
+            Path(out).mkdir(parents=True, exist_ok=True)
+            for kind in RESULTS:
+                Path(out, f"results_{kind}.json").unlink(missing_ok=True)
 
     positions = range(rank, len(dataset), world_size)
-    with evaluation_mode(model, amp):
+    with evaluation_mode(model), autocast(model, amp):
         found = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
     shares = [found] * world_size
     if distributed:  # not through files: machines need not share a file system
@@ -405,7 +402,6 @@ def score(model, dataset, truth, results, out, per_class, workers):
         others = set(RESULTS.values()) - {RESULTS[kind]}
         chosen = [{k: v for k, v in result.items() if k not in others} for result in results]
         if out is not None:
-            Path(out).mkdir(parents=True, exist_ok=True)
             with write_whole(Path(out, f"results_{kind}.json")) as file:
                 file.write(json.dumps(chosen).encode())
         if dataset.metric == "coco":
@@ -584,7 +580,7 @@ def draw(image, detections, classes=None, score=0.5):
 
     canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(12, max(height, width) // 50))
+    font = ImageFont.load_default(max(14, max(height, width) // 50))
     for i in reversed(range(len(boxes))):  # the best last, so that no other covers its name
         name = f"{class_name(shown['labels'][i], classes)} {100 * shown['scores'][i]:.0f}%"
         x1, y1, _, y2 = boxes[i].tolist()
@@ -598,8 +594,7 @@ def draw(image, detections, classes=None, score=0.5):
 
 
 def class_name(label, classes):
-    """Name of a label 1..K; classes may be None, where a file of weights does not know them."""
-    return classes[label - 1] if classes else f"class {label}"
+    return classes[label - 1] if classes else f"class {label}"  # None: the weights do not know them
 
 
 def draw_files(model, paths, out, score=0.5, tta=False):
@@ -663,9 +658,9 @@ def run(arguments):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description="Evaluate Mask R-CNN. With torchrun, its processes share the images of --data."
-    )
+    """The command line of this file."""
+    about = "Evaluate Mask R-CNN. Under torchrun, the processes share the images of --data."
+    parser = argparse.ArgumentParser("evaluate.py", description=about)
     one_of = parser.add_mutually_exclusive_group(required=True).add_argument
     one_of("--data", metavar="DIR", help="metrics on a data set in COCO's layout or VOC's")
     one_of("--images", metavar="PATH", nargs="+", help="detections in images, or folders of them")
@@ -709,7 +704,7 @@ def detect_in_images(args, model):
         inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
         paths += [p for p in inside if p.suffix.lower() in suffixes] if path.is_dir() else [path]
     drawn = 0
-    with evaluation_mode(model, args.amp):
+    with autocast(model, args.amp):
         for path, picture, found in draw_files(model, paths, args.out or ".", args.score, args.tta):
             drawn += 1
             print(f"{path} -> {picture}")
