@@ -84,17 +84,10 @@ def evaluation_mode(model):
         model.train(training)
 
 
-def autocast(model, amp):
-    """Convolutions and matrix products of the model in bfloat16, inside the `with`, if amp."""
-    return torch.autocast(model.image_mean.device.type, torch.bfloat16, enabled=amp)
-
-
 def detect(model, image, size, min_size=None, max_size=None, tta=False):
-    """Detections in an image of `size` (H, W), on the CPU; the model is in evaluation mode.
+    """Detections in an image of `size` (H, W), as of `to_image`; the model is in evaluation mode.
 
-    image: [3, H, W], or (without tta) already resized for the network. Returns the model's dict in
-    the pixels of the image. Boxes are clipped, those without area dropped; `masks` stay the
-    probabilities [N, 28, 28] of the box.
+    image: [3, H, W], or (without tta) already resized for the network; the rest as of `predict`.
     """
     min_size = min_size or model.data_settings["min_size"]
     max_size = max_size or model.data_settings["max_size"]
@@ -104,11 +97,20 @@ def detect(model, image, size, min_size=None, max_size=None, tta=False):
     else:
         image = data.resize_image(image, *resized)
         (found,) = model([image.to(model.image_mean.device)])
-    found = {name: value.cpu() for name, value in found.items()}
+    return to_image(found, resized, size)
+
+
+def to_image(detections, resized, size):
+    """The model's dict for an image resized to `resized` (h, w), in the pixels of its `size`.
+
+    Boxes are clipped, those without area dropped; `masks` stay the probabilities [N, 28, 28] of the
+    box. Returns tensors on the CPU.
+    """
+    found = {name: value.cpu() for name, value in detections.items()}
     for name in found.keys() - {"labels"}:
         found[name] = found[name].float()  # from amp's bfloat16
-    found["boxes"] = data.resize_boxes(found["boxes"], resized, size, flip=False)
-    found["boxes"] = ops.clip_boxes_to_image(found["boxes"], size)
+    boxes = data.resize_boxes(found["boxes"], resized, size, flip=False)
+    found["boxes"] = ops.clip_boxes_to_image(boxes, size)
     if "keypoints" in found:
         scale = torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
         found["keypoints"] = found["keypoints"] * scale
@@ -289,7 +291,8 @@ def evaluate(
                 Path(out, f"results_{kind}.json").unlink(missing_ok=True)
 
     positions = range(rank, len(dataset), world_size)
-    with evaluation_mode(model), autocast(model, amp):
+    device = model.image_mean.device.type
+    with evaluation_mode(model), torch.autocast(device, torch.bfloat16, enabled=amp):
         found = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
     shares = [found] * world_size
     if distributed:  # not through files: machines need not share a file system
@@ -309,12 +312,11 @@ def evaluate(
 
 def check_classes(model, dataset):
     """Raise UserError if the model is for other classes than those of the data set."""
-    names = dataset.classes
-    trained = model.data_settings["classes"] or names
-    if model.config.num_classes != len(names) or list(trained) != list(names):
-        different = sorted(set(trained) ^ set(names))[:5]
+    trained = model.data_settings["classes"] or dataset.classes
+    if (model.config.num_classes, trained) != (len(dataset.classes), dataset.classes):
+        different = sorted(set(trained) ^ set(dataset.classes))[:5]
         raise UserError(
-            f"{dataset.annotation_file} has {len(names)} classes, the weights are for "
+            f"{dataset.annotation_file} has {len(dataset.classes)} classes, the weights are for "
             f"{model.config.num_classes} (different: {', '.join(different) or 'order'})."
         )
 
@@ -654,7 +656,8 @@ def run(arguments):
     if args.data:
         evaluate_data(args, model, rank)
     elif rank == 0:
-        detect_in_images(args, model)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            detect_in_images(args, model)
 
 
 def make_parser():
@@ -695,25 +698,31 @@ def evaluate_data(args, model, rank):
 
 def detect_in_images(args, model):
     """`--images`: a table of detections for each image, and its picture in the folder --out."""
-    formats = Image.registered_extensions().items()
-    suffixes = {suffix for suffix, name in formats if name in data.IMAGE_FORMATS}
-    paths = []
-    for path in map(Path, args.images):
-        inside = sorted(p for p in path.iterdir()) if path.is_dir() else []
-        # Without the pictures of an earlier run.
-        inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
-        paths += [p for p in inside if p.suffix.lower() in suffixes] if path.is_dir() else [path]
+    paths = find_images(args.images)
     drawn = 0
-    with autocast(model, args.amp):
-        for path, picture, found in draw_files(model, paths, args.out or ".", args.score, args.tta):
-            drawn += 1
-            print(f"{path} -> {picture}")
-            for label, score, box in zip(found["labels"], found["scores"], found["boxes"].tolist()):
-                if score >= args.score:
-                    name = class_name(label, model.data_settings["classes"])
-                    print(f"  {name:20}{score:6.2f}" + "".join(f"{corner:9.1f}" for corner in box))
-    if drawn < max(1, len(paths)):
-        raise UserError(f"{drawn} of {len(paths)} images were drawn.")
+    for path, picture, found in draw_files(model, paths, args.out or ".", args.score, args.tta):
+        drawn += 1
+        print(f"{path} -> {picture}")
+        for label, score, box in zip(found["labels"], found["scores"], found["boxes"].tolist()):
+            if score >= args.score:
+                name = class_name(label, model.data_settings["classes"])
+                print(f"  {name:20}{score:6.2f}" + "".join(f"{corner:9.1f}" for corner in box))
+    if drawn < len(paths):
+        raise UserError(f"{len(paths) - drawn} of {len(paths)} images failed, see above.")
+
+
+def find_images(paths):
+    """The image files of paths and folders, without those that `draw_files` made."""
+    formats = Image.registered_extensions()
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        inside = [p for p in inside if formats.get(p.suffix.lower()) in data.IMAGE_FORMATS]
+        inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
+        if path.is_dir() and not inside:
+            raise UserError(f"There is no image in the folder {path}.")
+        found += inside or [path]
+    return found
 
 
 def export(weights, output):
