@@ -258,7 +258,7 @@ def yolo_classes(source):
         if path.name == "classes.txt" or path.suffix == ".names":
             return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for path in source.files_with(".yaml", ".yml"):
-        found = re.search(r"^names:(.*(?:\n(?:[ \t-].*)?)*)", read_text(path), re.MULTILINE)
+        found = re.search(r"^names:(.*(?:\n(?:[ \t\]}-].*)?)*)", read_text(path), re.MULTILINE)
         if found:
             names = yaml_names(found[1])
             if names:
@@ -274,8 +274,9 @@ def yaml_names(text):
     """YAML's [a, b], {0: a, 1: b} or lines "- a" or "0: a" as a list; None for anything else."""
     text = re.sub(r"(^|\s)#.*", "", text).strip()
     flow = re.fullmatch(r"\[(.*?),?\s*\]|\{(.*?),?\s*\}", text, re.DOTALL)
+    entries = (flow[1] or flow[2] or "").split(",") if flow else re.split(r"\n\s*", text)
     names = []
-    for entry in (flow[1] or flow[2] or "").split(",") if flow else text.splitlines():
+    for entry in entries:
         mark, name = r"(?:-\s+|(\d+)\s*:\s*)", r"""(['"]?)([^'"\\:{}\[\]]+?)\2"""
         found = re.fullmatch(rf"\s*{mark}{'?' if flow else ''}{name}\s*", entry)
         if not found or (found[1] and int(found[1]) != len(names)):
@@ -365,7 +366,7 @@ def choose_splits(source, val_share, seed):
 
 
 def group_of(path):
-    """What is the same for images that belong into one split: Roboflow's copies NAME.rf.HASH.jpg."""
+    """The same for images that belong into one split: Roboflow's varied copies NAME.rf.HASH.jpg."""
     name, _, copy = path.name.partition(".rf.")
     return name if copy else str(path)
 
