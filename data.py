@@ -596,8 +596,9 @@ def read_ahead(dataset, workers, sampler=None, start_method=None):
     )
     try:
         yield from loader
-    except (OSError, RuntimeError) as error:
-        if not workers or str(error).startswith("Caught"):  # in the code of a worker
+    except (OSError, RuntimeError, UserError) as error:
+        error.with_traceback(None)  # which would keep the workers alive
+        if not workers or isinstance(error, UserError) or str(error).startswith("Caught"):
             raise
         raise UserError(f"The loading processes failed ({first_line(error)}); {NEEDED}.") from error
 
@@ -618,16 +619,25 @@ def worker_init(_):
     Signals that reach the whole group of processes are the main process's to answer: it ends the
     workers in order. A worker whose main process is gone ends, even if it waits for a full pipe.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # not all of them on Windows
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # on Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
 
 
 def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """End this worker when the main process is gone or sends a SIGTERM, and by no other SIGTERM."""
+    parent = multiprocessing.parent_process()
+    if not hasattr(signal, "sigtimedwait"):
+        parent.join()
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)  # seconds
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)
 
 
 def _send_error(queue, error, item):
