@@ -1,7 +1,7 @@
-"""Weights in and out: files with the names and shapes of the public ones, and bad files.
+"""Other projects' weights: files with the names and shapes of the public ones, and bad files.
 
-The names are made here by rule, on their own, and not from model.NAMES: a mistake in that table
-shows. What Detectron2 computes with such weights is the business of test_agreement.py.
+The names are made here by rule, on their own, and not from convert_weights.py's table: a mistake
+in that table shows. What Detectron2 computes with such weights is tested in test_agreement.py.
 """
 
 import os
@@ -10,6 +10,8 @@ import re
 import struct
 import subprocess
 import sys
+import time
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,10 +21,10 @@ import torch
 import torchvision
 from torch import nn
 
-import data
 import evaluate
 import model as detector
-import train
+from tools import convert_weights
+from tools.read_tensors import read_tensors
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = {"R50": (3, 4, 6, 3), "R101": (3, 4, 23, 3)}
@@ -129,27 +131,35 @@ def detectron2_shapes(
     return shapes
 
 
-# The public detectors, by what of them can be told from names and shapes.
+# The public detectors: what of them can be told from names and shapes, and what that is.
 PUBLIC = {
     # GN: scratch 3x and 9x, and fine-tuned; SyncBN: scratch 9x, and fine-tuned
-    "R50 GN": dict(depth="R50", norm="GN"),
-    "R50 SyncBN": dict(depth="R50", norm="SyncBN"),
-    "R50 FrozenBN": dict(depth="R50", norm="FrozenBN"),
-    "R101 FrozenBN": dict(depth="R101", norm="FrozenBN"),
-    "X101 FrozenBN": dict(depth="R101", norm="FrozenBN", groups=32, per_group=8),
-    "R50 keypoints": dict(depth="R50", norm="FrozenBN", masks=False, keypoints=17, classes=1),
-    "R50 cascade": dict(depth="R50", norm="FrozenBN", cascade=True),
+    "R50 GN": (dict(depth="R50", norm="GN"), dict(norm="gn")),
+    "R50 SyncBN": (dict(depth="R50", norm="SyncBN"), dict(norm="syncbn")),
+    "R50 FrozenBN": (dict(depth="R50", norm="FrozenBN"), dict(stride_in_1x1=True)),
+    "R101 FrozenBN": (
+        dict(depth="R101", norm="FrozenBN"),
+        dict(backbone="resnet101", stride_in_1x1=True),
+    ),
+    "X101 FrozenBN": (
+        dict(depth="R101", norm="FrozenBN", groups=32, per_group=8),
+        dict(backbone="resnext101_32x8d"),
+    ),
+    "R50 keypoints": (
+        dict(depth="R50", norm="FrozenBN", masks=False, keypoints=17, classes=1),
+        dict(box_smooth_l1_beta=0.5, stride_in_1x1=True, masks=False, keypoints=17, num_classes=1),
+    ),
+    "R50 cascade": (
+        dict(depth="R50", norm="FrozenBN", cascade=True),
+        dict(box_class_agnostic=True, stride_in_1x1=True, cascade=True),
+    ),
 }
+UNSAID = dict(
+    backbone="resnet50", norm="frozen_bn", stride_in_1x1=False, box_class_agnostic=False,
+    box_smooth_l1_beta=0.0, rpn_smooth_l1_beta=0.0, roi_sampling_ratio=0, num_classes=80,
+    masks=True, keypoints=0, cascade=False,
+)  # fmt: skip
 NARROW = dict(stem=32, channels=32, fc=32, keypoint_channels=32)
-EXPECTED = {
-    "R50 GN": dict(backbone="resnet50", norm="gn", stride_in_1x1=False),
-    "R50 SyncBN": dict(backbone="resnet50", norm="syncbn", stride_in_1x1=False),
-    "R50 FrozenBN": dict(backbone="resnet50", norm="frozen_bn", stride_in_1x1=True),
-    "R101 FrozenBN": dict(backbone="resnet101", norm="frozen_bn", stride_in_1x1=True),
-    "X101 FrozenBN": dict(backbone="resnext101_32x8d", norm="frozen_bn", stride_in_1x1=False),
-    "R50 keypoints": dict(backbone="resnet50", norm="frozen_bn", box_smooth_l1_beta=0.5),
-    "R50 cascade": dict(backbone="resnet50", norm="frozen_bn", box_class_agnostic=True),
-}  # fmt: skip
 
 
 def filled(shapes, seed=0):
@@ -233,6 +243,13 @@ def assert_same(first, second):
             assert torch.equal(a[name], b[name]), name
 
 
+def converted(path, **given):
+    """The checkpoint made of a foreign file, beside it."""
+    out = path.with_name(path.name + ".converted.pth")
+    convert_weights.convert(path, out, **given)
+    return out
+
+
 # ------------------------------------------------------------------------------------------------
 # torchvision
 # ------------------------------------------------------------------------------------------------
@@ -253,8 +270,7 @@ def torchvision_resnet(groups=1, width_per_group=64):
     return theirs
 
 
-@pytest.mark.parametrize("norm", ["bn", "syncbn", "frozen_bn"])
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("norm, zipped", [("bn", True), ("syncbn", False), ("frozen_bn", False)])
 def test_torchvision_resnet(tmp_path, norm, zipped):
     groups = {"groups": 32, "width_per_group": 8} if zipped else {}
     theirs = torchvision_resnet(**groups)
@@ -262,7 +278,7 @@ def test_torchvision_resnet(tmp_path, norm, zipped):
     torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=zipped)
     small = dict(fpn_channels=32, box_head_fc_channels=8, mask_head_channels=32, num_classes=2)
     ours = detector.build_model(norm=norm, blocks=(2, 1, 1, 1), **groups, **small).eval()
-    detector.load_weights(ours, path)
+    detector.load_weights(ours, converted(path, norm=norm))
     image = torch.rand(3, 64, 96)
     with torch.no_grad():
         batch, _ = ours.batch([image])
@@ -283,10 +299,11 @@ def test_torchvision_vgg16(tmp_path):
     fcs = {0: nn.Linear(8 * width * 49, fc), 3: nn.Linear(fc, fc), 6: nn.Linear(fc, 1000)}
     for i, layer in fcs.items():
         state |= {f"classifier.{i}.{name}": value for name, value in layer.state_dict().items()}
-    torch.save(state, tmp_path / "vgg16.pth")
+    path = tmp_path / "vgg16.pth"
+    torch.save(state, path)
     sizes = dict(stem_width=width, box_head_fc_channels=fc, num_classes=2)
     ours = detector.build_model("vgg16", "none", masks=False, **sizes)
-    detector.load_weights(ours, tmp_path / "vgg16.pth")
+    detector.load_weights(ours, converted(path))
     x = torch.rand(2, 3, 64, 96)
     torch.testing.assert_close(ours.backbone(x)[0], layers[:-1](x))
     pooled = torch.rand(3, 8 * width, 7, 7)
@@ -299,12 +316,11 @@ def test_torchvision_names_and_shapes(name):
     """Every name and shape of the real files, without their numbers."""
     with torch.device("meta"):
         state = torchvision.models.get_model(name, weights=None).state_dict()
-        norm = "none" if name == "vgg16" else "syncbn"
-        ours = detector.build_model(name, norm, masks=False).state_dict()
-        model = detector.build_model(name, norm, masks=False)
-    found, unused = detector.translate(state, "torchvision", model)
-    assert {n for n in ours if n.startswith("backbone.")} <= found.keys()
-    assert all(found[n].shape == ours[n].shape for n in found)
+        config = convert_weights.infer_config(state, "torchvision")
+        model = detector.build_model(**config)
+        weights, unused = convert_weights.fit(state, "torchvision", model)
+    assert config["backbone"] == name and config["norm"] == ("none" if name == "vgg16" else "bn")
+    assert {n for n in model.state_dict() if n.startswith("backbone.")} <= weights.keys()
     last = "classifier.6" if name == "vgg16" else "fc"
     assert unused == [f"{last}.bias", f"{last}.weight"]
 
@@ -329,11 +345,9 @@ def our_convs(model):
     "depth, kind, norm",
     [
         ("R50", "gn", "gn"),
-        ("R101", "gn", "gn"),
         ("R50", "affine", "frozen_bn"),
         ("R50", "unfolded", "frozen_bn"),
         ("R50", "unfolded", "syncbn"),
-        ("R50", "unfolded", "bn"),
     ],
 )
 def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
@@ -344,18 +358,13 @@ def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
         "unfolded": {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True},
     }[kind]
     path = write_python2(tmp_path / "weights.pkl", content)
-    model = small_model(norm, blocks=BLOCKS[depth])
+    stride = kind != "gn"  # what is assumed of such files
+    model = small_model(norm, blocks=BLOCKS[depth], stride_in_1x1=stride)
     rpn = model.rpn.conv.weight.clone()
-    detector.load_weights(model, path)
-    said = capsys.readouterr().out
-    unused = (
-        "2 in the file not used (pred)"
-        if kind == "gn"
-        else "3 in the file not used (conv1, fc1000)"
-    )
-    assert (
-        unused in said and "left at their initialization (fpn, rpn, box_heads, mask_head)" in said
-    )
+    given = {} if kind == "gn" else {"norm": norm}
+    checkpoint = converted(path, **given)
+    assert f"stride_in_1x1={stride}" in re.search("Assumed.*", capsys.readouterr().out)[0]
+    detector.load_weights(model, checkpoint)
     assert torch.equal(model.rpn.conv.weight, rpn)
     mean = torch.tensor([122.7717, 115.9465, 102.9801]) / 255
     torch.testing.assert_close(model.image_mean.flatten(), mean)
@@ -371,9 +380,8 @@ def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
         blob = {n.removeprefix(f"{name}_"): torch.from_numpy(v)[:, None, None]
                 for n, v in blobs.items() if n.startswith(f"{name}_") and v.ndim == 1}  # fmt: skip
         if kind == "gn":
-            expected = nn.functional.group_norm(
-                x, 32, blob["gn_s"].flatten(), blob["gn_b"].flatten()
-            )
+            scale, shift = blob["gn_s"].flatten(), blob["gn_b"].flatten()
+            expected = nn.functional.group_norm(x, 32, scale, shift)
         elif kind == "affine":
             expected = x * blob["bn_s"] + blob["bn_b"]
         else:
@@ -383,31 +391,28 @@ def test_detectron_pickles(tmp_path, capsys, depth, kind, norm):
 
 
 @pytest.mark.parametrize("depth", ["R50", "R101"])
-@pytest.mark.parametrize(
-    "kind, norm", [("gn", "gn"), ("affine", "frozen_bn"), ("unfolded", "syncbn")]
-)
-def test_detectron_names_and_shapes(depth, kind, norm):
+@pytest.mark.parametrize("kind", ["gn", "affine", "unfolded"])
+def test_detectron_names_and_shapes(depth, kind):
     with torch.device("meta"):
         state = {name: torch.empty(shape) for name, shape in caffe2_shapes(depth, kind).items()}
-        model = detector.build_model({"R50": "resnet50", "R101": "resnet101"}[depth], norm)
-    found, unused = detector.translate(state, "caffe2", model)
-    ours = model.state_dict()
-    missing = [n for n in ours if n.startswith("backbone.") and n not in found]
-    assert all(n.endswith("num_batches_tracked") for n in missing)
-    assert all(found[n].shape == ours[n].shape for n in found)
+        config = convert_weights.infer_config(state, "caffe2")
+        model = detector.build_model(**config)
+        weights, unused = convert_weights.fit(state, "caffe2", model)
+    assert config["backbone"] == {"R50": "resnet50", "R101": "resnet101"}[depth]
+    assert config["norm"] == ("gn" if kind == "gn" else "frozen_bn")
+    assert {n for n in model.state_dict() if n.startswith("backbone.")} <= weights.keys()
     assert len(unused) == (2 if kind == "gn" else 3)
 
 
 def test_folded_statistics_need_a_frozen_norm(tmp_path):
-    """MSRA's file fits where BN is frozen, by its kind or by freeze_at, and nowhere else."""
+    """MSRA's file has no statistics of BN, without which a norm that learns cannot start."""
     path = write_python2(tmp_path / "R-50.pkl", filled(caffe2_shapes("R50", "affine", stem=32)))
-    blocks = BLOCKS["R50"]
-    detector.load_weights(small_model("frozen_bn", blocks=blocks), path)
-    detector.load_weights(small_model("frozen_bn", blocks=blocks, freeze_at=2), path)
-    detector.load_weights(small_model("syncbn", blocks=blocks, freeze_at=5), path)
-    for norm, freeze_at in (("syncbn", 0), ("syncbn", 2), ("bn", 2), ("syncbn", 4)):
-        with pytest.raises(detector.WeightsError, match="not its statistics.*frozen_bn"):
-            detector.load_weights(small_model(norm, blocks=blocks, freeze_at=freeze_at), path)
+    for norm in ("syncbn", "bn", "gn"):
+        with pytest.raises(detector.WeightsError, match="running_mean|bn"):
+            converted(path, norm=norm)
+    frozen = converted(path)
+    with pytest.raises(detector.WeightsError):
+        detector.load_weights(small_model("syncbn", blocks=BLOCKS["R50"]), frozen)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -418,42 +423,41 @@ def test_folded_statistics_need_a_frozen_norm(tmp_path):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_detectron2_names_and_shapes(name):
     """At the real widths: the architecture is inferred, and every tensor finds its place."""
-    shapes = detectron2_shapes(**PUBLIC[name])
+    arguments, expected = PUBLIC[name]
+    shapes = detectron2_shapes(**arguments)
     with torch.device("meta"):
         state = {n: torch.empty(shape) for n, shape in shapes.items()}
-        config = detector.infer_config(state)
-        model = detector.build_model(**config)
-    classes = PUBLIC[name].get("classes", 80)
-    expected = EXPECTED[name] | {
-        "num_classes": classes,
-        "masks": PUBLIC[name].get("masks", True),
-        "keypoints": PUBLIC[name].get("keypoints", 0),
-        "cascade": PUBLIC[name].get("cascade", False),
-        "roi_sampling_ratio": 0,
-    }
-    assert {key: model.config[key] for key in expected} == expected
-    # Nothing but what the file does not say differs from the model that build_model makes.
-    keys = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
-    with torch.device("meta"):
-        plain = detector.build_model(**{key: model.config[key] for key in keys}).config
-    differ = {key for key in plain if plain[key] != model.config[key]}
+        model = detector.build_model(**convert_weights.infer_config(state))
+        # Nothing but what the file does not say differs from the model that build_model makes.
+        keys = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
+        plain = detector.build_model(**{key: getattr(model.config, key) for key in keys}).config
+    expected = UNSAID | expected
+    assert {key: getattr(model.config, key) for key in expected} == expected
+    differ = {key for key, value in vars(plain).items() if value != getattr(model.config, key)}
     assert differ <= {"stride_in_1x1", "roi_sampling_ratio", "rpn_smooth_l1_beta",
                       "box_smooth_l1_beta", "mask_head_convs", "keypoint_head_convs"}  # fmt: skip
-    found, unused = detector.translate(state, "detectron2", model)
+    found, unused = convert_weights.translate(state, "detectron2", model)
     ours = model.state_dict()
-    assert not unused and found.keys() == ours.keys()
-    assert all(found[n].shape == ours[n].shape for n in ours)
-    assert detector.to_detectron2(model).keys() - {"pixel_mean", "pixel_std"} == shapes.keys()
+    assert not unused and found.keys() == ours.keys() - {"image_mean", "image_std"}
+    assert all(found[n].shape == ours[n].shape for n in found)
+    back = convert_weights.to_detectron2(model)
+    assert back.keys() - {"pixel_mean", "pixel_std"} == shapes.keys()
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in PUBLIC if name != "X101 FrozenBN"]
-)  # never narrow
-@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+    "name, suffix",
+    [
+        ("R50 GN", ".pkl"),
+        ("R50 GN", ".pth"),
+        ("R50 SyncBN", ".pth"),
+        ("R101 FrozenBN", ".pkl"),
+        ("R50 keypoints", ".pkl"),
+        ("R50 cascade", ".pkl"),
+    ],
+)
 def test_detectron2_files(tmp_path, capsys, name, suffix):
-    shapes = detectron2_shapes(
-        **PUBLIC[name] | NARROW | {"classes": PUBLIC[name].get("classes", 5)}
-    )
+    arguments, _ = PUBLIC[name]
+    shapes = detectron2_shapes(**arguments | NARROW)
     # The zoo's files of 2019 and 2020 hold the anchors, too.
     for i in range(5):
         shapes[f"proposal_generator.anchor_generator.cell_anchors.{i}"] = (3, 4)
@@ -464,18 +468,19 @@ def test_detectron2_files(tmp_path, capsys, name, suffix):
     else:
         tensors = OrderedDict((n, torch.from_numpy(a)) for n, a in arrays.items())
         torch.save({"model": tensors, "optimizer": {}, "scheduler": {}, "iteration": 269999}, path)
-    model = detector.load_model(path)
+    model = detector.load_model(converted(path))
     said = capsys.readouterr().out
-    assert "0 left at their initialization, 5 in the file not used (proposal_generator)" in said
-    expected = EXPECTED[name]
-    assert f"norm={expected['norm']}" in said and "Assumed   stride_in_1x1=" in said
+    assert said.count("cell_anchors") == 5 and f"norm={model.config.norm}" in said
+    assert "stride_in_1x1=" in re.search("Assumed.*", said)[0]
+    assert len(model.data_settings["classes"]) == model.config.num_classes
+    assert model.data_settings["category_ids"][-1] == (1 if model.config.keypoints else 90)
     assert not model.training
     outputs(model)
 
     # By hand, where a conversion takes place.
     stem = torch.from_numpy(arrays["backbone.bottom_up.stem.conv1.weight"])
     assert torch.equal(model.backbone.stem.conv.weight.flip(1), stem)
-    stage = ".2" if model.config["cascade"] else ""
+    stage = ".2" if model.config.cascade else ""
     head = model.box_heads[-1]
     scores = arrays[f"roi_heads.box_predictor{stage}.cls_score.weight"]
     assert np.array_equal(head.classifier.weight[1:].numpy(force=True), scores[:-1])
@@ -495,10 +500,14 @@ def test_detectron2_files(tmp_path, capsys, name, suffix):
 def test_what_a_file_does_not_say_can_be_given(tmp_path, capsys):
     shapes = detectron2_shapes("R50", "GN", **NARROW, classes=5)
     path = write_pickle(tmp_path / "a.pkl", {"model": filled(shapes), "__author__": "me"})
-    std = (0.25, 0.5, 0.125)
-    model = detector.load_model(path, image_std=std, stride_in_1x1=True, roi_sampling_ratio=2)
-    assert tuple(model.image_std.flatten().tolist()) == model.config["image_std"] == std
-    assert model.config["stride_in_1x1"] and model.config["roi_sampling_ratio"] == 2
+    out = tmp_path / "a.pth"
+    arguments = [str(path), str(out), "--image-std", "0.25", "0.5", "0.125"]
+    arguments += ["--stride-in-1x1", "1", "--roi-sampling-ratio", "2"]
+    assert evaluate.run_command("convert_weights.py", convert_weights.main, arguments) == 0
+    model = detector.load_model(out)
+    assert tuple(model.image_std.flatten().tolist()) == (0.25, 0.5, 0.125)
+    assert model.config.image_std == (0.25, 0.5, 0.125)
+    assert model.config.stride_in_1x1 is True and model.config.roi_sampling_ratio == 2
     assumed = re.search("Assumed.*", capsys.readouterr().out)[0]
     assert "image_mean" in assumed and "image_std" not in assumed and "stride" not in assumed
     # Files of 2020 and later may hold the statistics (BGR, 0..255); they count then.
@@ -506,11 +515,14 @@ def test_what_a_file_does_not_say_can_be_given(tmp_path, capsys):
     arrays["pixel_mean"] = np.float32([[[103.53]], [[116.28]], [[123.675]]])
     arrays["pixel_std"] = np.float32([[[57.375]], [[57.12]], [[58.395]]])
     path = write_pickle(tmp_path / "b.pkl", {"model": arrays, "__author__": "me"})
-    model = detector.load_model(path)
-    torch.testing.assert_close(
-        model.image_std.flatten(), torch.tensor([58.395, 57.12, 57.375]) / 255
-    )
+    model = detector.load_model(converted(path))
+    std = torch.tensor([58.395, 57.12, 57.375]) / 255
+    torch.testing.assert_close(model.image_std.flatten(), std)
+    torch.testing.assert_close(torch.tensor(model.config.image_std), std)
     assert "image_" not in re.search("Assumed.*", capsys.readouterr().out)[0]
+    for wrong in (["--image-mean", "123", "116", "103"], ["--norm", "frozen_bn"]):
+        assert evaluate.run_command("c", convert_weights.main, [str(path), str(out), *wrong]) == 1
+    assert evaluate.run_command("c", convert_weights.main, [str(path), str(path)]) == 2
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -519,29 +531,17 @@ def test_pickle_protocols_and_attributes(tmp_path, protocol):
     arrays = filled(detectron2_shapes("R50", "SyncBN", **NARROW, classes=5))
     state = OrderedDict(arrays)
     state._metadata = OrderedDict([("", {"version": 1})])
-    extra = {
-        "iteration": np.int64(3),
-        "lr": np.float32(0.5),
-        "names": ["a", ("b", None)],
-        "flag": True,
-    }
-    first = write_pickle(
-        tmp_path / "a.pkl", {"model": state, "__author__": "me", **extra}, protocol
-    )
-    second = write_python2(tmp_path / "b.pkl", {"model": arrays, "__author__": "me"})
+    extra = {"iteration": np.int64(3), "lr": np.float32(0.5), "names": ["a", ("b", None)]}
     swapped = {n: a.astype(a.dtype.newbyteorder(">")) for n, a in arrays.items()}
-    third = write_pickle(tmp_path / "c.pkl", {"model": swapped, "__author__": "me"}, protocol)
-    one, two, three = (
-        detector.load_model(p, verbose=False).state_dict() for p in (first, second, third)
-    )
-    assert all(torch.equal(one[n], two[n]) and torch.equal(one[n], three[n]) for n in one)
-    assert one["backbone.stem.norm.num_batches_tracked"] == 7
-    content = detector.read_file(first)
-    assert (
-        content["iteration"] == 3
-        and content["lr"] == 0.5
-        and content["names"] == ["a", ("b", None)]
-    )
+    files = [
+        write_pickle(tmp_path / "a.pkl", {"model": state, "__author__": "me", **extra}, protocol),
+        write_python2(tmp_path / "b.pkl", {"model": arrays, "__author__": "me"}),
+        write_pickle(tmp_path / "c.pkl", {"model": swapped, "__author__": "me"}, protocol),
+    ]
+    for path in files:
+        found = read_tensors(path)
+        assert found.keys() == arrays.keys()
+        assert all(np.array_equal(found[name].numpy(), array) for name, array in arrays.items())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -549,76 +549,53 @@ def test_pickle_protocols_and_attributes(tmp_path, protocol):
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 @pytest.mark.parametrize(
     "norm, arguments",
     [
         ("gn", {}),
-        ("syncbn", {}),
-        ("bn", {"image_std": (0.2, 0.3, 0.4), "image_mean": (0.1, 0.2, 0.7)}),
+        ("syncbn", {"image_std": (0.2, 0.3, 0.4), "image_mean": (0.1, 0.2, 0.7)}),
         ("frozen_bn", {"stride_in_1x1": True}),
         ("frozen_bn", {"cascade": True}),
         ("gn", {"keypoints": 17, "masks": False, "num_classes": 1}),
     ],
 )
-def test_round_trip_through_detectron2(tmp_path, norm, arguments):
+def test_round_trip_through_detectron2(tmp_path, norm, arguments, suffix):
     """Our model in Detectron2's names and back: the same outputs to the bit."""
-    model = small_model(norm, **arguments)
+    model = small_model(norm, box_score_thresh=0.05, box_detections_per_img=100, **arguments)
+    for head in model.box_heads:
+        head.classifier.bias.data[0] -= 5  # so that there are detections
     expected = outputs(model)
-    state = detector.to_detectron2(model)
-    torch.save({"model": state}, tmp_path / "a.pth")
-    write_pickle(tmp_path / "a.pkl", {"model": {n: t.numpy() for n, t in state.items()},
-                                      "__author__": "me"})  # fmt: skip
-    said = {
-        "roi_sampling_ratio": 2,
-        "box_score_thresh": 0.0,
-        "box_detections_per_img": 30,
-        "norm": norm,
-    }
-    said["stride_in_1x1"] = model.config["stride_in_1x1"]
-    for name in ("a.pth", "a.pkl"):
-        assert_same(outputs(detector.load_model(tmp_path / name, **said)), expected)
-        other = small_model(norm, **arguments | {"image_mean": (0, 0, 0)})
-        for parameter in other.parameters():
-            parameter.data.zero_()
-        detector.load_weights(other, tmp_path / name, verbose=False)
-        assert_same(outputs(other), expected)
-    for n, tensor in detector.to_detectron2(other).items():
-        assert torch.equal(tensor, state[n]), n
+    detector.save_model(model, tmp_path / "a.pth")
+    there, back = tmp_path / f"b{suffix}", tmp_path / "c.pth"
+    assert convert_weights.main(["--to-detectron2", str(tmp_path / "a.pth"), str(there)]) is None
+    given = {"roi_sampling_ratio": 2, "stride_in_1x1": model.config.stride_in_1x1}
+    convert_weights.convert(there, back, **given)
+    assert_same(outputs(detector.load_model(back)), expected)
+    if suffix == ".pkl":  # as Detectron2 itself reads it
+        with open(there, "rb") as file:
+            assert all(type(array) is np.ndarray for array in pickle.load(file)["model"].values())
 
 
-def own_checkpoint(model):
-    return {
-        "model_config": model.config,
-        "model": model.state_dict(),
-        "data": {
-            "min_size": 96,
-            "max_size": 128,
-            "classes": list("abcde"),
-            "category_ids": [1, 2, 3, 4, 5],
-        },
-        "iteration": 3,
-    }
-
-
-@pytest.mark.parametrize("norm", ["gn", "syncbn"])
-def test_own_checkpoints(tmp_path, norm):
-    model = small_model(norm, image_mean=(0.375, 0.5, 0.625), image_std=(0.25, 0.25, 0.5))
-    torch.save(own_checkpoint(model), tmp_path / "last.pt")
-    loaded = detector.load_model(tmp_path / "last.pt")
-    assert_same(outputs(loaded), outputs(model))
-    assert loaded.config == model.config and loaded.data_settings["min_size"] == 96
-    other = small_model(norm)
-    detector.load_weights(other, tmp_path / "last.pt", verbose=False)
-    assert_same(outputs(other), outputs(model))
-    assert (
-        len(outputs(detector.load_model(tmp_path / "last.pt", box_score_thresh=1.0))[0]["boxes"])
-        == 0
-    )
+def test_a_backbone_is_no_detector(tmp_path):
+    path = write_python2(tmp_path / "R-50-GN.pkl", filled(caffe2_shapes("R50", "gn", stem=32)))
+    checkpoint = converted(path)
+    with pytest.raises(detector.WeightsError) as error:
+        detector.load_model(checkpoint)
+    assert_one_sentence(str(error.value), checkpoint)
+    with pytest.raises(detector.WeightsError) as error:
+        converted(checkpoint)
+    assert_one_sentence(str(error.value), checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------
 # Files that must not load
 # ------------------------------------------------------------------------------------------------
+
+
+def assert_one_sentence(message, path):
+    assert str(path) in message and "\n" not in message and message.endswith(".")
+    assert ".." not in message.replace(str(path), "") and len(message) < len(str(path)) + 250
 
 
 class Malicious:
@@ -663,8 +640,8 @@ def test_malicious_pickles_are_refused(tmp_path, kind, protocol):
     torch.save(content, files[2], _use_new_zipfile_serialization=False)
     for path in files:
         with pytest.raises(detector.WeightsError) as error:
-            detector.load_model(path)
-        assert_one_sentence(error, path)
+            read_tensors(path)
+        assert_one_sentence(str(error.value), path)
         assert not trace.exists()
     with open(files[0], "rb") as file:  # the test is worth something: pickle does execute it
         pickle.load(file)
@@ -690,8 +667,8 @@ def test_malicious_pickles_behind_numpy_are_refused(tmp_path):
 
         path = write_pickle(tmp_path / "a.pkl", {"model": {"a": Program()}})
         with pytest.raises(detector.WeightsError) as error:
-            detector.load_model(path)
-        assert_one_sentence(error, path)
+            read_tensors(path)
+        assert_one_sentence(str(error.value), path)
         assert not trace.exists(), kind
     # numpy's own functions that read files, import, or run code.
     for name in (
@@ -704,18 +681,65 @@ def test_malicious_pickles_behind_numpy_are_refused(tmp_path):
         path = tmp_path / "b.pkl"
         path.write_bytes(b"\x80\x02" + name + b".")
         with pytest.raises(detector.WeightsError, match="which no weights need"):
-            detector.load_model(path)
+            read_tensors(path)
 
 
-def assert_one_sentence(error, path):
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message and message.endswith(".")
-    assert len(message) < len(str(path)) + 250
+def pickle_of_tuples(levels, shared):
+    """A pickle of a dict whose key is a tuple in a tuple in a tuple ..., or of two of each."""
+    content = b"\x80\x02}N\x85q\x00"
+    for i in range(levels):
+        content += b"h%c\x86q%c" % (i, i + 1) if shared else b"\x85"
+    return content + b"K\x01s."
+
+
+def as_archive(path, content):
+    """A file of torch's whose pickle is `content`."""
+    torch.save({"a": torch.zeros(3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, old in files.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else old)
+    return path
+
+
+def test_work_is_bounded(tmp_path):
+    """Files of some hundred bytes that would take for ever, all memory, or the whole process."""
+    started = time.perf_counter()
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # torch's older format
+    for name, content in {
+        "shared": pickle_of_tuples(60, shared=True),
+        "deep": pickle_of_tuples(300_000, shared=False),
+        "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
+        "bytes": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
+        "text": b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b".",
+    }.items():
+        path = tmp_path / name
+        for write in (Path.write_bytes, as_archive):
+            write(path, content)
+            with pytest.raises(detector.WeightsError) as error:
+                read_tensors(path)
+            assert_one_sentence(str(error.value), path)
+        path.write_bytes(magic + magic + content)
+        with pytest.raises(detector.WeightsError):
+            read_tensors(path)
+    torch.save({"conv1.weight": torch.zeros(1).expand(10**6, 10**6)}, path)
+    with pytest.raises(detector.WeightsError, match="more numbers than bytes"):
+        read_tensors(path)
+    shared = np.zeros(100_000, np.float32)
+    write_pickle(path, {"model": {f"a{i}": shared for i in range(1000)}})
+    with pytest.raises(detector.WeightsError, match="more numbers than bytes"):
+        read_tensors(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+    with pytest.raises(detector.WeightsError, match="compressed"):
+        read_tensors(path)
+    assert time.perf_counter() - started < 30
 
 
 def bad_files(folder):
-    """(path, words of the message) of files that fit no model."""
-    good = own_checkpoint(small_model())
+    """{name: words of the message} of files, written to the folder, that cannot be converted."""
+    good = {"model": small_model().state_dict()}
     torch.save(good, folder / "good.pt")
     whole = (folder / "good.pt").read_bytes()
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
@@ -735,154 +759,89 @@ def bad_files(folder):
     deformable = detectron2_shapes("R50", "FrozenBN", **NARROW)
     deformable["backbone.bottom_up.res3.0.conv2_offset.weight"] = (18, 64, 3, 3)
     write_pickle(folder / "X152.pkl", {"model": filled(deformable), "__author__": "me"})
-    no_fpn = {n: a for n, a in filled(detectron2_shapes("R50", "FrozenBN", **NARROW)).items()
-              if "bottom_up" not in n}  # fmt: skip
-    write_pickle(folder / "C4.pkl", {"model": no_fpn, "__author__": "me"})
-    incomplete = filled(detectron2_shapes("R50", "GN", **NARROW))
-    del incomplete["roi_heads.mask_head.mask_fcn3.norm.bias"]
-    write_pickle(folder / "incomplete.pkl", {"model": incomplete, "__author__": "me"})
-    torch.save(good | {"model_config": {"backbone": "transformer"}}, folder / "config.pt")
-    unreadable = "cannot be read as weights"
+    complete = filled(detectron2_shapes("R50", "GN", **NARROW))
+
+    def without(name, word):
+        left = {n: a for n, a in complete.items() if word not in n}
+        write_pickle(folder / name, {"model": left, "__author__": "me"})
+
+    without("C4.pkl", "box_predictor")
+    without("incomplete.pkl", "mask_fcn3.norm.bias")
+    complete["roi_heads.mask_head.mask_fcn2.weight"] = np.zeros((32, 5, 3, 3), np.float32)
+    without("shape.pkl", "nothing")
     return {
-        "missing.pth": "There is no file",
-        "": "is a folder",
-        "truncated.pt": unreadable,
-        "truncated_old.pt": unreadable,
-        "truncated.pkl": unreadable,
-        "text.pth": unreadable,
-        "empty.pkl": unreadable,
-        "list.pkl": "holds a list",
-        "number.pkl": unreadable,
-        "nothing.pkl": "names of no model known here",
-        "other.pth": "names of no model known here",
-        "linear.pth": "names of no model known here",
-        "quadruple.pkl": "holds an array that is no tensor",
+        "missing.pth": "No such file",
+        "": "directory",
+        "truncated.pt": "",
+        "truncated_old.pt": "",
+        "truncated.pkl": "",
+        "text.pth": "",
+        "empty.pkl": "",
+        "list.pkl": "list",
+        "number.pkl": "",
+        "nothing.pkl": "no model known",
+        "other.pth": "no model known",
+        "linear.pth": "no model known",
+        "quadruple.pkl": "longdouble|float128",
         "X152.pkl": "deformable convolutions",
-        "C4.pkl": "has no 'backbone.bottom_up.res2.0.conv2.weight'",
-        "incomplete.pkl": "has no mask_head.convs.2.norm.bias",
-        "config.pt": "cannot be built: Unknown backbone 'transformer'",
-        "good.pkl": "is a backbone for fine-tuning",
+        "C4.pkl": "box_heads.0.classifier.weight",
+        "incomplete.pkl": "mask_head.convs.2.norm.bias",
+        "shape.pkl": "mask_head.convs.1.conv.weight",
     }
 
 
 def test_bad_files_are_one_sentence(tmp_path, capsys):
+    """Exit code 1 and a sentence without a traceback; nothing is written."""
     for name, words in bad_files(tmp_path).items():
         path = tmp_path / name
-        with pytest.raises(detector.WeightsError, match=words) as error:
-            detector.load_model(path)
-        assert_one_sentence(error, path)
-        # The same at the command line: exit code 1, the sentence, no traceback.
-        assert evaluate.main(["--weights", str(path), "--images", str(tmp_path / "a.jpg")]) == 1
+        arguments = [str(path), str(tmp_path / "out.pth")]
+        assert evaluate.run_command("convert_weights.py", convert_weights.main, arguments) == 1
         said = capsys.readouterr().err
-        assert said.startswith("evaluate.py: ") and said.count("\n") == 1 and words in said
+        assert said.startswith("convert_weights.py: ") and said.count("\n") == 1, name
+        assert re.search(words, said), said
+        assert_one_sentence(said.removeprefix("convert_weights.py: ").rstrip("\n"), path)
+    assert not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.parametrize(
-    "file, arguments, words",
+    "file, arguments",
     [
-        (
-            "gn.pt",
-            dict(norm="gn", num_classes=7),
-            r"box_heads.0.classifier.weight has shape \(6, 32\)",
-        ),
-        (
-            "gn.pt",
-            dict(norm="gn", fpn_channels=64),
-            r"fpn.lateral.0.conv.weight has shape \(32, 128",
-        ),
-        ("gn.pt", dict(norm="syncbn"), "no backbone.stem.norm.running_mean"),
-        ("gn.pt", dict(norm="none"), "no backbone.stem.conv.bias"),
-        ("syncbn.pt", dict(norm="gn"), "it has backbone.stem.norm.running_mean"),
-        ("gn.pt", dict(norm="gn", blocks=(1, 3, 1, 1)), "no backbone.res3.2"),
-        ("gn.pt", dict(norm="gn", blocks=(1, 1, 1, 1)), "it has backbone.res3.1"),
-        ("gn.pt", dict(norm="none", backbone="vgg16", blocks=None), "no weights for the backbone"),
-        ("gn.pkl", dict(norm="syncbn", blocks=(3, 4, 6, 3)), "no backbone.stem.norm.running_mean"),
-        (
-            "gn.pkl",
-            dict(norm="frozen_bn", blocks=(3, 4, 6, 3)),
-            "no backbone.stem.norm.running_mean",
-        ),
-        ("gn.pkl", dict(norm="gn", blocks=(3, 4, 5, 3)), "it has res4_5_branch2a.weight"),
-        (
-            "gn.pkl",
-            dict(norm="gn", stem_width=64, blocks=(3, 4, 6, 3)),
-            r"backbone.stem.conv.weight has shape \(32, 3, 7, 7",
-        ),
-        (
-            "affine.pkl",
-            dict(norm="gn", blocks=(3, 4, 6, 3)),
-            "it has res2_0_branch1_norm.running_mean",
-        ),
-        (
-            "resnet.pth",
-            dict(norm="gn", stem_width=64, blocks=(2, 1, 1, 1)),
-            "it has layer1.0.bn1.running_mean",
-        ),
-        (
-            "resnet.pth",
-            dict(norm="syncbn", stem_width=64, width_per_group=64, blocks=(1, 1, 1, 1)),
-            "it has layer1.1",
-        ),
-        (
-            "resnet.pth",
-            dict(norm="none", stem_width=64, blocks=(2, 1, 1, 1)),
-            "no backbone.stem.conv.bias",
-        ),
-        (
-            "resnet.pth",
-            dict(norm="none", backbone="vgg16", blocks=None),
-            "no weights for the backbone",
-        ),
+        ("gn.pkl", dict(norm="syncbn")),  # no running_mean
+        ("gn.pkl", dict(blocks=(3, 4, 5, 3))),  # res4.5 too many
+        ("gn.pkl", dict(stem_width=64)),  # other shapes
+        ("affine.pkl", dict(norm="gn")),  # has running_mean
+        ("affine.pkl", dict(norm="frozen_bn", stride_in_1x1=False)),
+        ("resnet.pth", dict(norm="none", stem_width=64, blocks=(2, 1, 1, 1))),
+        ("resnet.pth", dict(norm="none", backbone="vgg16", stem_width=64)),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path, file, arguments, words):
-    """A file of another architecture: the message names the parameter, or what the model is."""
+def test_weights_that_do_not_fit(tmp_path, file, arguments):
+    """A backbone of another architecture: one sentence, and the model is left as it was."""
     path = tmp_path / file
-    if file.endswith(".pt"):
-        torch.save(own_checkpoint(small_model(path.stem)), path)
-    elif file.endswith(".pkl"):
+    if file.endswith(".pkl"):
         write_python2(path, filled(caffe2_shapes("R50", path.stem, stem=32)))
     else:
         torch.save(torchvision_resnet().state_dict(), path)
-    model = small_model(**arguments | {"masks": arguments.get("backbone") != "vgg16"})
+    body = {} if arguments.get("backbone") == "vgg16" else {"blocks": (3, 4, 6, 3)}
+    model = small_model(**body | arguments | {"masks": arguments.get("backbone") != "vgg16"})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(detector.WeightsError, match=words):
-        detector.load_weights(model, path)
+    checkpoint = converted(path)
+    with pytest.raises(detector.WeightsError) as error:
+        detector.load_weights(model, checkpoint)
+    assert_one_sentence(str(error.value), checkpoint)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "half loaded"
 
 
-def test_init_at_the_command_line(tmp_path, capsys):
-    """train.py --init with a file that cannot be used: exit code 1 and one sentence."""
-    data.make_toy_coco(tmp_path / "toy", 4, 2)
+def test_other_programs_execute_nothing(tmp_path):
+    """A malicious file at the command line: a sentence, exit code 1, nothing executed."""
     trace = tmp_path / "executed"
-    write_pickle(tmp_path / "malicious.pkl", {"model": Malicious(trace)})
-    (tmp_path / "text.pth").write_text("weights, honestly\n")
-    write_python2(tmp_path / "R-50-GN.pkl", filled(caffe2_shapes("R50", "gn", stem=32)))
-    for name, words in (
-        ("malicious.pkl", "names posix.system"),
-        ("text.pth", "cannot be read as weights"),
-        ("R-50-GN.pkl", "is of another backbone"),  # the toy's is less deep
+    path = write_pickle(tmp_path / "bad.pkl", {"model": Malicious(trace)})
+    for command in (
+        ["evaluate.py", "--weights", path, "--images", tmp_path],
+        ["tools/convert_weights.py", path, tmp_path / "out.pth"],
     ):
-        arguments = [
-            "--data",
-            tmp_path / "toy",
-            "--out",
-            tmp_path / "run",
-            "--init",
-            tmp_path / name,
-        ]
-        arguments += ["--device", "cpu", "--workers", 0, "--iterations", 1]
-        arguments = [str(argument) for argument in arguments]
-        assert train.main(arguments) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("train.py: ") and said.count("\n") == 1 and words in said
-    assert not trace.exists()
-
-
-def test_no_traceback_from_the_program(tmp_path):
-    path = write_pickle(tmp_path / "bad.pkl", {"model": Malicious(tmp_path / "executed")})
-    command = [sys.executable, ROOT / "evaluate.py", "--weights", path, "--images", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and not (tmp_path / "executed").exists()
-    assert done.stderr.splitlines()[-1].startswith(f"evaluate.py: {path} cannot be read as weights")
-    assert "Traceback" not in done.stderr
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 1 and not trace.exists() and "Traceback" not in done.stderr
+        assert str(path) in done.stderr.splitlines()[-1]

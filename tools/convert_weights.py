@@ -271,7 +271,10 @@ def convert(source, target, **given):
             statistics = (state[theirs].double().flatten().flip(0) / 255).tolist()
             given = {name: tuple(statistics)} | given
     try:
-        fields = dict(zip(STATISTICS_NAMES, STATISTICS[kind])) | infer_config(state, kind) | given
+        inferred = infer_config(state, kind)
+        if (given.get("norm") == "gn") > (inferred["norm"] == "gn"):
+            raise ValueError(f"its norm is {inferred['norm']}")
+        fields = dict(zip(STATISTICS_NAMES, STATISTICS[kind])) | inferred | given
         with torch.device("meta"):  # names and shapes alone
             model = detector.build_model(**fields)
         weights, unused = fit(state, kind, model)
@@ -285,16 +288,15 @@ def convert(source, target, **given):
     settings = {"min_size": 800, "max_size": 1333, "classes": None, "category_ids": None}
     if config.get("num_classes") == 80 or config.get("keypoints"):  # COCO's, or its person
         names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id
-        ids = [i for i, name in enumerate(names) if i > 0 and name != "N/A"]
-        ids = ids[: config["num_classes"]]
+        ids = [i for i, name in enumerate(names) if i and name != "N/A"][: config["num_classes"]]
         settings |= {"classes": [names[i] for i in ids], "category_ids": ids}
     with detector.write_whole(target) as file:
         torch.save({"config": config, "data": settings, "weights": weights}, file)
 
     print(f"Weights   {len(weights)} tensors of {source}; not used: {', '.join(unused) or 'none'}")
-    inferred = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
+    shown = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
     assumed = ("stride_in_1x1", "roi_sampling_ratio", *STATISTICS_NAMES)
-    for title, names in (("Inferred ", inferred), ("Assumed  ", assumed)):
+    for title, names in (("Inferred ", shown), ("Assumed  ", assumed)):
         names = [name for name in names if name in config and name not in given]
         print(title, ", ".join(f"{name}={config[name]}" for name in names))
     print(f"Written   {target}")
@@ -328,7 +330,8 @@ def main(arguments=None):
     rgb = {"nargs": 3, "type": float, "metavar": ("R", "G", "B")}
     add("--image-mean", **rgb, help="for images in [0, 1], such as 0.485 0.456 0.406")
     add("--image-std", **rgb, help="for images in [0, 1], such as 0.229 0.224 0.225")
-    add("--stride-in-1x1", type=int, choices=(0, 1), help="1: the stride is on the first 1x1")
+    stride = {"choices": (False, True), "metavar": "{0,1}", "type": lambda text: bool(int(text))}
+    add("--stride-in-1x1", **stride, help="1: the stride is on the first 1x1")
     add("--roi-sampling-ratio", type=int, metavar="N", help="RoIAlign's; 0: adaptive")
     add("--norm", choices=("gn", "syncbn", "bn", "frozen_bn"), help="what its norm becomes")
     given = vars(parser.parse_args(arguments))
@@ -340,8 +343,6 @@ def main(arguments=None):
     given = {name: value for name, value in given.items() if value is not None}
     for name in STATISTICS_NAMES.keys() & given:
         given[name] = tuple(given[name])
-    if "stride_in_1x1" in given:
-        given["stride_in_1x1"] = bool(given["stride_in_1x1"])
     convert(source, target, **given)
 
 

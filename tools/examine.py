@@ -83,23 +83,29 @@ def odd_shape(o, width, height):
     return "masks that do not fit their boxes" if apart > max(3, 0.1 * max(w, h)) else None
 
 
-def open_split(root, split, kind, training, problems):
-    """The data set of a split, or None; appends what is wrong with its file to problems."""
-    file = root / "annotations" / f"{kind}_{split}.json"
-    masks = keypoints = kind == "person_keypoints"
+def has_masks(file):
+    """Whether any object of an annotation file has a segmentation."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        masks = any(a.get("segmentation") for a in content.get("annotations", []))
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
-        content = None  # CocoDataset, which reads it too, says what is wrong
-    found = [] if content is None else list(data.coco_problems(content, file, masks, keypoints))
-    problems += found
-    if found:
-        return None
+        return any(a.get("segmentation") for a in content["annotations"])
+    except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError):
+        return False  # what is wrong with the file is said when it is opened
+
+
+def open_split(image_dir, file, training, masks, keypoints, problems):
+    """The data set of a split, or None; appends what is wrong with its file to problems."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = list(data.coco_problems(content, file, masks, keypoints))
+        problems += found
+        if found:
+            return None
+    except (OSError, ValueError, RecursionError):
+        pass  # CocoDataset says what is wrong
     try:
         if training:  # there must be something to train on
-            data.CocoDataset(root / split, file, True, masks, keypoints)
-        return data.CocoDataset(root / split, file, False, masks, keypoints)
+            data.CocoDataset(image_dir, file, True, masks, keypoints)
+        return data.CocoDataset(image_dir, file, False, masks, keypoints)
     except UserError as error:
         problems.append(str(error))
     return None
@@ -224,21 +230,31 @@ def examine_images(dataset, workers, problems):
     return digests, np.array(colours)
 
 
+def in_parts(dataset):
+    """Whether all boxes are given in parts of their image's sides, as YOLO gives them."""
+    records = map(dataset.record, range(len(dataset)))
+    boxes = np.reshape([o["bbox"] for record in records for o in record["objects"]], (-1, 4))
+    return len(boxes) > 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= 1.01
+
+
 def examine(root, splits, kind, min_size, max_size, workers):
     """Print the state of a data set's annotations of a kind; returns the number of stops."""
     problems, datasets, digests = [], [], []
-    for split in splits:
-        print(f"{root / 'annotations' / f'{kind}_{split}.json'}")
+    keypoints = kind == "person_keypoints"
+    files = [root / "annotations" / f"{kind}_{split}.json" for split in splits]
+    masks = any(has_masks(file) for file in files)
+    for split, file in zip(splits, files):
+        print(file)
         is_train = split == splits[0]
-        dataset = open_split(root, split, kind, is_train, problems)
+        dataset = open_split(root / split, file, is_train, masks, keypoints, problems)
         if dataset is None:
             continue
         datasets.append(dataset)
         boxes = describe(dataset, min_size, max_size)
-        if len(boxes) and (boxes[:, :2] + boxes[:, 2:]).max() <= 0.01 * min_size:
+        if in_parts(dataset):
             problems.append(
-                f"{dataset.annotation_file}: all boxes lie within 0..1 (or nearly so); multiply "
-                "them by the width and height of their image."
+                f"{dataset.annotation_file}: all boxes lie within 0..1; multiply them by the width "
+                "and height of their image."
             )
         images, colours = examine_images(dataset, workers, problems)
         digests.append(images)

@@ -258,7 +258,7 @@ def yolo_classes(source):
         if path.name == "classes.txt" or path.suffix == ".names":
             return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for path in source.files_with(".yaml", ".yml"):
-        found = re.search(r"^names:(.*(?:\n(?:[ \t-].*)?)*)", read_text(path), re.MULTILINE)
+        found = re.search(r"^names:(.*(?:\n(?:[ \t\]}-].*)?)*)", read_text(path), re.MULTILINE)
         if found:
             names = yaml_names(found[1])
             if names:
@@ -274,8 +274,9 @@ def yaml_names(text):
     """YAML's [a, b], {0: a, 1: b} or lines "- a" or "0: a" as a list; None for anything else."""
     text = re.sub(r"(^|\s)#.*", "", text).strip()
     flow = re.fullmatch(r"\[(.*?),?\s*\]|\{(.*?),?\s*\}", text, re.DOTALL)
+    entries = (flow[1] or flow[2] or "").split(",") if flow else re.split(r"\n\s*", text)
     names = []
-    for entry in (flow[1] or flow[2] or "").split(",") if flow else text.splitlines():
+    for entry in entries:
         mark, name = r"(?:-\s+|(\d+)\s*:\s*)", r"""(['"]?)([^'"\\:{}\[\]]+?)\2"""
         found = re.fullmatch(rf"\s*{mark}{'?' if flow else ''}{name}\s*", entry)
         if not found or (found[1] and int(found[1]) != len(names)):
@@ -291,21 +292,23 @@ def read_masks(source, files):
             below.setdefault(folder, []).append(path)
     masks = {}  # image: its files of masks
     for file in files:
-        path, *more = below.get(source.mask_folder(file).parent, [None])
+        folder = source.mask_folder(file)
+        path, *more = below.get(folder.parent, [None])
         if path is None or more:
-            name = file.stem if file.stem in source.named else file.parent.name
+            of_folder = file.parent != folder and file.parent.name in source.named
+            name = file.parent.name if of_folder else file.stem
             path = source.find_image(name, file, source.split_of(file))
         masks.setdefault(path, []).append(file)
     masks.pop(None, None)
-    for path in masks:
+    for path, found in masks.items():
+        numbered = len(found) == 1 and found[0].stem == path.stem != found[0].parent.name
         objects = []
         size = None
-        for file in masks[path]:
-            for rle in mask_rles(source, file, numbered=file.stem == path.stem):
-                x, y, w, h = coco_mask.toBbox(rle)
-                rle["counts"] = rle["counts"].decode()
-                objects.append(make_object(source.class_name, x, y, x + w, y + h, rle))
-                size = tuple(rle["size"][::-1])
+        for rle in itertools.chain(*(mask_rles(source, file, numbered) for file in found)):
+            x, y, w, h = coco_mask.toBbox(rle)
+            rle["counts"] = rle["counts"].decode()
+            objects.append(make_object(source.class_name, x, y, x + w, y + h, rle))
+            size = tuple(rle["size"][::-1])
         yield path, source.split_of(path), objects, size
 
 
@@ -318,18 +321,16 @@ def mask_rles(source, file, numbered):
             else:
                 values = np.asarray(image.convert("RGB")).astype(np.int32) @ (65536, 256, 1)
     except Exception:  # a damaged file can make a decoder fail in any way
-        source.note("masks left out, as they are no sound PNG files", file)
-        return
+        raise UserError(f"{file} cannot be read; replace it, or remove its image too.") from None
     if not numbered:
         values = values > values.max() / 2
     numbers = np.unique(values[values > 0])
+    if len(numbers) > 5000:
+        raise UserError(f"{file} has more than 5,000 values; give each object one number (as PNG).")
     if len(numbers) == 0:
         source.note("masks without an object", file)
     if numbered and len(numbers) == 1:
         source.note("masks with a single value: all that it covers is one object", file)
-    if len(numbers) > 5000:
-        source.note("masks left out, as they have over 5,000 values: they number no objects", file)
-        return
     for number in numbers:
         yield coco_mask.encode(np.asfortranarray(values == number, dtype=np.uint8))
 
@@ -351,18 +352,23 @@ def choose_splits(source, val_share, seed):
             source.note("images left out, as they are of no split or of the one for tests", path)
         return {"train2017": train, "val2017": val}
     val_share = 0.2 if val_share is None else val_share
-    # Roboflow's varied copies of an image, NAME.rf.HASH.jpg, belong into one split.
-    groups = sorted({path.name.split(".rf.")[0] for path in source.pictures})
+    groups = sorted({group_of(path) for path in source.pictures})
     if len(groups) < 2:
         raise UserError(f"{source.root} has too few images for two splits; add some.")
     random.Random(seed).shuffle(groups)
     chosen = set(groups[: min(max(round(val_share * len(groups)), 1), len(groups) - 1)])
     drawn = {"train2017": [], "val2017": []}
     for path in source.pictures:
-        is_val = path.name.split(".rf.")[0] in chosen
+        is_val = group_of(path) in chosen
         drawn["val2017" if is_val else "train2017"].append(path)
     print(f"drawn with seed {seed}: {len(drawn['val2017']):,} images for validation")
     return drawn
+
+
+def group_of(path):
+    """The same for images that belong into one split: Roboflow's varied copies NAME.rf.HASH.jpg."""
+    name, _, copy = path.name.partition(".rf.")
+    return name if copy else str(path)
 
 
 def write_splits(source, splits, out, copy):
