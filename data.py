@@ -186,10 +186,9 @@ def is_usable(annotation, width, height, masks):
     x, y, w, h = annotation["bbox"]
     inside_x = min(x + w, width) - max(x, 0)
     inside_y = min(y + h, height) - max(y, 0)
-    least = 1e-3  # pixels; less would vanish in float32
-    if annotation["iscrowd"] or min(w, h, inside_x, inside_y) < least:
-        return False
-    return not masks or bool(annotation["segmentation"])
+    has_area = min(w, h, inside_x, inside_y) >= 1e-3  # pixels; less would vanish in float32
+    has_mask = not masks or annotation["segmentation"] != []
+    return has_area and has_mask and not annotation["iscrowd"]
 
 
 def average_sample(dataset, min_sizes, max_size):
@@ -208,10 +207,11 @@ def choose_subset(image_ids, count):
     A function of the ids alone, the same on every machine, and nested: the 1k images are among the
     3.5k. Raises UserError if there are fewer.
     """
-    image_ids = list(image_ids)
-    if len(image_ids) < count:
-        raise UserError(f"{len(image_ids):,} images have objects; choose a subset below {count:,}.")
     chosen = set(sorted(image_ids, key=lambda image_id: image_seed(0, image_id, 0))[:count])
+    if len(chosen) < count:
+        raise UserError(
+            f"There are {len(chosen):,} images with objects, not {count:,}; take fewer."
+        )
     return [image_id for image_id in image_ids if image_id in chosen]
 
 
@@ -481,30 +481,33 @@ class TrainingSet(Dataset):
 
 
 def training_loader(
-    dataset, images_per_gpu, seed=0, rank=0, world_size=1, workers=2, start_iteration=0, **options
+    dataset,
+    images_per_gpu,
+    seed=0,
+    rank=0,
+    world_size=1,
+    workers=2,
+    start_iteration=0,
+    min_sizes=(800,),
+    max_size=1333,
+    flip=True,
 ):
-    """An endless iterator over this process's batches: (images, targets) as of `TrainingSet`.
-
-    `workers` processes decode them ahead. options: `min_sizes`, `max_size`, `flip`.
-    """
-    training_set = TrainingSet(dataset, **options)
+    """An endless iterator over this process's batches: (images, targets) as of `TrainingSet`."""
     sampler = BatchSampler(dataset, images_per_gpu, seed, rank, world_size, start_iteration)
-    return read_ahead(training_set, workers, sampler)
+    return read_ahead(TrainingSet(dataset, min_sizes, max_size, flip), workers, sampler)
 
 
 def read_ahead(dataset, workers, sampler=None):
     """An iterator over dataset[key] for each key of the sampler (without one: 0, 1, 2, ...).
 
-    The memory is pinned where there is CUDA. Raises UserError, in this process, for what a worker
-    could not read, and where the system gives the workers too little.
+    `workers` processes compute the next items ahead; the memory is pinned where there is CUDA.
+    Raises UserError, in this process, for what a worker could not read, and where the system gives
+    the workers too little.
     """
+    init = worker_init if workers else None
+    pin = torch.cuda.is_available()
     loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=worker_init if workers else None,
+        dataset, None, sampler=sampler, num_workers=workers, pin_memory=pin, worker_init_fn=init
     )
     try:
         yield from loader
