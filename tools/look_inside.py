@@ -279,7 +279,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     model = detector.load_model(args.weights)
     image = data.read_image(args.image)
-    sizes = evaluate.input_sizes(model)
+    sizes = model.data_settings["min_size"], model.data_settings["max_size"]
     target = find_target(args.data, args.image, model.config, sizes) if args.data else None
     image = data.resize_image(image, *data.resize_shape(*image.shape[1:], *sizes))
     args.out.mkdir(parents=True, exist_ok=True)
