@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))  # test_agreement.py
-sys.path.insert(0, str(ROOT))  # the five modules
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import test_agreement as shared
 
@@ -193,7 +192,7 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(shared.CASES)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "tests", help="the folder (tests)")
+    parser.add_argument("--out", type=Path, default="tests", help="the folder (tests)")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     images = shared.golden_images()
