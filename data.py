@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing.queues
 import os
+import re
 import signal
 import threading
 import warnings
@@ -27,10 +28,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import ops
 
-# --------------------------------------------------------------------------------------------------
-# The pair (image, target): COCO
-# --------------------------------------------------------------------------------------------------
+# ---- The pair (image, target): COCO --------------------------------------------------------------
 
 
 class CocoDataset(Dataset):
@@ -38,33 +38,22 @@ class CocoDataset(Dataset):
 
     image: uint8 [3, H, W] RGB. target: `image_id` int; `boxes` [N, 4] float32 xyxy in pixels,
     clipped to the image; `labels` [N] int64, where k means classes[k - 1] (0 is background);
-    `iscrowd` [N] bool; with masks, `masks` [N, H, W] uint8; with keypoints, `keypoints` [N, 17, 3]
-    float32 (x, y, v). COCO's keypoints are indices of pixels: half a pixel makes them coordinates.
+    `iscrowd` [N] bool; with masks, `masks` [N, H, W] uint8; with keypoints (of persons, the file's
+    only category), `keypoints` [N, 17, 3] float32 (x, y, v).
 
     training: leave out objects that `is_usable` refuses, and images in which no object (keypoints:
     no labelled keypoint) remains, as Detectron does: 117,266 of train2017's 118,287 images stay.
-    keep_empty: keep images that have no annotation at all, as background.
-    keypoints: the category "person" only.
-    subset: keep that many images only (Sec. 5.2), see `choose_subset`.
+    keep_empty: keep images without any annotation, as background. subset: keep that many images.
 
-    Attributes: `image_ids`, `widths` and `heights` of the images; `classes` and `category_ids` of
-    labels 1, 2, ...; `num_objects`; `num_dropped` images left out; `num_without_mask` objects whose
-    segmentation covers nothing.
-
-    Raises UserError for every problem in the annotation file here, and in an image at dataset[i].
+    Attributes: the images' `image_ids`, `widths`, `heights`; the labels' `classes`, `category_ids`;
+    the numbers of objects, of images left out, and of objects without a mask: `num_objects`,
+    `num_dropped`, `num_without_mask`. Raises UserError for what is wrong in the files.
     """
 
     metric = "coco"
 
     def __init__(
-        self,
-        image_dir,
-        annotation_file,
-        training=False,
-        masks=True,
-        keypoints=False,
-        subset=None,
-        keep_empty=False,
+        self, image_dir, annotation_file, training=False, masks=True, keypoints=False, **choice
     ):
         self.image_dir = os.fspath(image_dir)
         self.annotation_file = os.fspath(annotation_file)
@@ -73,52 +62,44 @@ class CocoDataset(Dataset):
         self.keypoints = keypoints
         for path in (self.annotation_file, self.image_dir):
             if not os.path.exists(path):
-                raise UserError(
-                    f"{path} does not exist; check the data folder and the name of the split, or "
-                    "convert a data set of another layout with tools/to_coco.py."
-                )
-        self._index(subset, keep_empty)
+                raise UserError(f"{path} does not exist; check folder and split, or {CONVERT}.")
+        self._index(**choice)
 
-    def _content(self):
-        """The data set as the content of a COCO annotation file, checked."""
+    def _read(self):
+        """The data set as the content of a COCO annotation file."""
         return read_coco(self.annotation_file, self.masks, self.keypoints)
 
-    def _index(self, subset, keep_empty):
-        """Choose the images and objects, and store what `load` needs of them."""
-        content = self._content()
+    def _index(self, subset=None, keep_empty=False):
+        """Choose images and objects, and store what `load` needs of them."""
+        content = self._read()
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.classes = [category["name"] for category in categories]
-        labels = {category_id: k for k, category_id in enumerate(self.category_ids, start=1)}
-
-        annotations = {image["id"]: [] for image in content["images"]}
+        self.num_without_mask = 0
+        objects = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
-            annotations[annotation["image_id"]].append(annotation)
+            annotation["label"] = self.category_ids.index(annotation["category_id"]) + 1
+            objects[annotation["image_id"]].append(annotation)
+            self.num_without_mask += annotation.get("segmentation") == []
 
         records = {}
         for image in sorted(content["images"], key=lambda image: image["id"]):
-            width, height = image["width"], image["height"]
-            objects = annotations[image["id"]]
-            if self.training and not (keep_empty and not objects):
-                objects = [o for o in objects if is_usable(o, width, height, self.masks)]
-                labelled = not self.keypoints or any(any(o["keypoints"][2::3]) for o in objects)
-                if not objects or not labelled:
+            size = image["width"], image["height"]
+            chosen = objects[image["id"]]
+            if self.training and (chosen or not keep_empty):
+                chosen = [o for o in chosen if is_usable(o, *size, self.masks)]
+                labelled = not self.keypoints or any(any(o["keypoints"][2::3]) for o in chosen)
+                if not chosen or not labelled:
                     continue
-            objects = [self._stored(o, labels[o["category_id"]]) for o in objects]
-            file_name = image["file_name"]
-            records[image["id"]] = {
-                "file_name": file_name,
-                "size": (width, height),
-                "objects": objects,
-            }
+            record = {"file_name": image["file_name"], "size": size, "objects": chosen}
+            records[image["id"]] = record
+        if self.masks and self.num_without_mask == len(content["annotations"]) > 0:
+            raise UserError(
+                f"{self.annotation_file} has no masks; choose a recipe with masks=False."
+            )
         if not records:
-            purpose = " to train on" if self.training else ""
-            raise UserError(f"{self.annotation_file} has no image{purpose}; choose another file.")
-        self.num_dropped = len(content["images"]) - len(records)
-        self.num_without_mask = 0
-        if self.masks:
-            self.num_without_mask = sum(not o["segmentation"] for o in content["annotations"])
-
+            raise UserError(f"{self.annotation_file} has no image with objects; choose another.")
+        self.num_dropped = len(objects) - len(records)
         self.image_ids = list(records) if subset is None else choose_subset(records, subset)
         records = [records[image_id] for image_id in self.image_ids]
         self.widths, self.heights = np.array([record["size"] for record in records]).T
@@ -129,19 +110,9 @@ class CocoDataset(Dataset):
         self._offsets = torch.tensor([0] + [len(record) for record in records]).cumsum(0)
         self._records = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
 
-    def _stored(self, annotation, label):
-        """What is kept of an annotation."""
-        names = ["id", "bbox", "iscrowd"]
-        names += ["segmentation"] * self.masks + ["keypoints"] * self.keypoints
-        return {"label": label} | {name: annotation[name] for name in names}
-
     def record(self, index):
-        """What is annotated of an image: a dict of `file_name`, `size` (w, h) and `objects`.
-
-        An object is a dict of COCO's `id`, `bbox` (x, y, w, h), `iscrowd`, `segmentation` and
-        `keypoints`, and of its `label`.
-        """
-        start, end = self._offsets[index : index + 2].tolist()
+        """An image's `file_name`, `size` (w, h) and `objects`: annotations with their `label`."""
+        start, end = self._offsets[index].item(), self._offsets[index + 1].item()
         return json.loads(self._records[start:end].numpy().tobytes())
 
     def __len__(self):
@@ -156,8 +127,9 @@ class CocoDataset(Dataset):
         objects = record["objects"]
         image_id = self.image_ids[index]
         width, height = record["size"]
-        old_size = height, width
-        new_size = old_size if min_size is None else resize_shape(*old_size, min_size, max_size)
+        old_size = new_size = height, width
+        if min_size is not None:
+            new_size = resize_shape(height, width, min_size, max_size)
 
         path = image_path(self.image_dir, record["file_name"], image_id)
         image = read_image(path, width, height, image_id)
@@ -165,7 +137,8 @@ class CocoDataset(Dataset):
             image = image.flip(2)
         image = resize_image(image, *new_size)
 
-        boxes = to_xyxy([o["bbox"] for o in objects], width, height)
+        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float64).reshape(-1, 4)
+        boxes = ops.clip_boxes_to_image(ops.box_convert(boxes, "xywh", "xyxy"), old_size).float()
         target = {
             "image_id": image_id,
             "boxes": resize_boxes(boxes, old_size, new_size, flip),
@@ -180,24 +153,21 @@ class CocoDataset(Dataset):
         if self.keypoints:
             keypoints = torch.tensor([o["keypoints"] for o in objects], dtype=torch.float32)
             keypoints = keypoints.reshape(-1, len(KEYPOINT_NAMES), 3)
-            keypoints[:, :, :2] += 0.5
+            keypoints[:, :, :2] += 0.5  # from the index of a pixel to its centre
             target["keypoints"] = resize_keypoints(keypoints, old_size, new_size, flip)
         return image, target
 
     def coco_gt(self):
         """The annotations as a pycocotools COCO object, for COCOeval; read again from the files.
 
-        Their ids are renumbered from 1, because COCOeval takes the id 0 for "no match". Masks that
-        training leaves out are empty, and "num_keypoints" is counted where the file lacks it.
+        Their ids are renumbered from 1, because COCOeval takes the id 0 for "no match".
         """
         coco = COCO()
-        coco.dataset = self._content()
-        sizes = {image["id"]: (image["height"], image["width"]) for image in coco.dataset["images"]}
+        coco.dataset = self._read()
         for number, annotation in enumerate(coco.dataset["annotations"], start=1):
             annotation["id"] = number
-            if self.masks and not annotation["segmentation"]:
-                height, width = sizes[annotation["image_id"]]
-                annotation["segmentation"] = {"size": [height, width], "counts": [height * width]}
+            if annotation.get("segmentation") == []:
+                annotation["segmentation"] = [[0] * 6]  # for pycocotools, a polygon without area
             if self.keypoints:
                 labelled = sum(v > 0 for v in annotation["keypoints"][2::3])
                 annotation.setdefault("num_keypoints", labelled)
@@ -216,24 +186,34 @@ def is_usable(annotation, width, height, masks):
     x, y, w, h = annotation["bbox"]
     inside_x = min(x + w, width) - max(x, 0)
     inside_y = min(y + h, height) - max(y, 0)
-    least = 1e-3  # pixels; less would vanish in float32
-    if annotation["iscrowd"] or min(w, h, inside_x, inside_y) < least:
-        return False
-    return not masks or bool(annotation["segmentation"])
+    has_area = min(w, h, inside_x, inside_y) >= 1e-3  # pixels; less would vanish in float32
+    has_mask = not masks or annotation["segmentation"] != []
+    return has_area and has_mask and not annotation["iscrowd"]
 
 
-def to_xyxy(boxes, width, height):
-    """COCO's boxes (x, y, w, h) -> float32 [N, 4] (x1, y1, x2, y2), clipped to the image."""
-    boxes = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
-    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
-    return boxes.float()
+def average_sample(dataset, min_sizes, max_size):
+    """What Figure 2 counts: objects an image, and pixels of an image as the loader makes it."""
+    sizes = list(zip(dataset.heights.tolist(), dataset.widths.tolist()))
+    shapes = [resize_shape(*size, min_size, max_size) for size in sizes for min_size in min_sizes]
+    return dataset.num_objects / len(dataset), sum(map(math.prod, shapes)) / len(shapes)
 
 
-# --------------------------------------------------------------------------------------------------
-# PASCAL VOC and subsets of COCO (Sec. 5.2), a data set by its folder
-# --------------------------------------------------------------------------------------------------
+# ---- Subsets of COCO and PASCAL VOC (Sec. 5.2) ---------------------------------------------------
+
+
+def choose_subset(image_ids, count):
+    """`count` of the image ids, in their order: those whose hash (seed 0) is smallest.
+
+    A function of the ids alone, the same on every machine, and nested: the 1k images are among the
+    3.5k. Raises UserError if there are fewer.
+    """
+    chosen = set(sorted(image_ids, key=lambda image_id: image_seed(0, image_id, 0))[:count])
+    if len(chosen) < count:
+        raise UserError(
+            f"There are {len(chosen):,} images with objects, not {count:,}; take fewer."
+        )
+    return [image_id for image_id in image_ids if image_id in chosen]
+
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -250,100 +230,58 @@ VOC_SPLITS = {
 class VocDataset(CocoDataset):
     """PASCAL VOC's devkit as it unpacks; the same pairs as CocoDataset's, boxes only.
 
-    root: the folder with VOC2007/ and VOC2012/, or with VOCdevkit/. splits: (folder, list of
-    ImageSets/Main), as in VOC_SPLITS. "Difficult" objects are crowds here: they are not trained on,
-    and count for nothing in the evaluation, as VOC's protocol has it. An image's id is its name as
-    a number (2008_000002: 2008000002).
+    root: the folder with VOC2007/ and VOC2012/. splits: (folder, list of ImageSets/Main), as in
+    VOC_SPLITS. "Difficult" objects are crowds here: neither trained on nor counted in the metric.
+    An image's id is its name as a number (2008_000002: 2008000002).
     """
 
     metric = "voc"
 
-    def __init__(self, root, splits, training=False, subset=None, keep_empty=False):
-        root = os.fspath(root)
-        devkit = os.path.join(root, "VOCdevkit")
-        self.image_dir = self.annotation_file = devkit if os.path.isdir(devkit) else root
+    def __init__(self, root, splits, training=False, **choice):
         self.splits = splits
-        self.training = training
-        self.masks = self.keypoints = False
-        self._index(subset, keep_empty)
+        super().__init__(root, root, training, masks=False, **choice)
 
-    def _content(self):
+    def _read(self):
         return read_voc(self.image_dir, self.splits)
 
 
-def open_split(
-    root, split, training=False, masks=True, keypoints=False, subset=None, keep_empty=False
-):
-    """The data set of a split (such as "train2017") below the folder `root`.
+def open_split(root, split, training=False, masks=True, keypoints=False, **choice):
+    """The data set of a split below the folder `root`, in COCO's layout or VOC's.
 
-    COCO's layout: annotations/instances_train2017.json (keypoints: person_keypoints_...) and
-    train2017/. VOC's devkit is known by its VOC2012/: "train2017" and "val2017" are the lists in
-    VOC_SPLITS. Other arguments as of CocoDataset. Raises UserError for any other layout.
+    COCO's: annotations/instances_SPLIT.json (keypoints: person_keypoints_...) and SPLIT/. VOC's is
+    known by its VOC2012/, be it in VOCdevkit/; its splits are VOC_SPLITS and the lists of VOC2012.
+    Other arguments as of CocoDataset. Raises UserError for any other layout.
     """
     root = os.fspath(root)
-    if not os.path.isdir(root):
-        raise UserError(f"The data folder {root!r} does not exist; check --data.")
-    if any(os.path.isdir(os.path.join(root, folder)) for folder in ("VOCdevkit", "VOC2012")):
-        if masks or keypoints:
-            raise UserError(
-                f"{root} is a VOC devkit, which has boxes only; use a recipe with masks=False and "
-                "without keypoints, such as r101-gn-voc."
-            )
-        if split not in VOC_SPLITS:
-            raise UserError(f"{root} is a VOC devkit; its splits are {' and '.join(VOC_SPLITS)}.")
-        return VocDataset(root, VOC_SPLITS[split], training, subset, keep_empty)
+    for devkit in (root, os.path.join(root, "VOCdevkit")):
+        if os.path.isdir(os.path.join(devkit, "VOC2012")):
+            if masks or keypoints:
+                raise UserError(f"{root} has VOC's boxes only; choose a recipe with masks=False.")
+            lists = VOC_SPLITS.get(split, [("VOC2012", split)])
+            return VocDataset(devkit, lists, training, **choice)
     kind = "person_keypoints" if keypoints else "instances"
     annotation_file = os.path.join(root, "annotations", f"{kind}_{split}.json")
     image_dir = os.path.join(root, split)
-    return CocoDataset(image_dir, annotation_file, training, masks, keypoints, subset, keep_empty)
+    return CocoDataset(image_dir, annotation_file, training, masks, keypoints, **choice)
 
 
 def check_same_classes(train_set, val_set):
     """Raise UserError if a model trained on train_set would mistake the classes of val_set."""
     if train_set.classes != val_set.classes:
-        differences = sorted(set(train_set.classes) ^ set(val_set.classes))
-        difference = ", ".join(differences[:8]) or "the order of their ids"
-        raise UserError(
-            f"{train_set.annotation_file} and {val_set.annotation_file} differ in their classes "
-            f"({difference}); correct one of them."
-        )
+        apart = sorted(set(train_set.classes) ^ set(val_set.classes)) or ["their order"]
+        files = f"{train_set.annotation_file} and {val_set.annotation_file}"
+        raise UserError(f"{files} differ in their classes ({', '.join(apart[:8])}); correct one.")
 
 
-def choose_subset(image_ids, count):
-    """`count` of the image ids, in their order: those whose hash (seed 0) is smallest.
-
-    A function of the ids alone, the same on every machine, and nested: the 1k images are among the
-    3.5k. Raises UserError if there are fewer.
-    """
-    image_ids = list(image_ids)
-    if len(image_ids) < count:
-        raise UserError(
-            f"A subset of {count:,} images is asked for, but there are {len(image_ids):,} with "
-            "usable objects; choose a smaller one."
-        )
-    chosen = set(sorted(image_ids, key=lambda image_id: image_seed(0, image_id, 0))[:count])
-    return [image_id for image_id in image_ids if image_id in chosen]
-
-
-def average_sample(dataset, min_sizes, max_size):
-    """What Figure 2 counts: objects an image, and pixels of an image as the loader makes it."""
-    pixels = [
-        math.prod(resize_shape(height, width, min_size, max_size))
-        for height, width in zip(dataset.heights.tolist(), dataset.widths.tolist())
-        for min_size in min_sizes
-    ]
-    return dataset.num_objects / len(dataset), sum(pixels) / len(pixels)
-
-
-# --------------------------------------------------------------------------------------------------
-# Transforms (Sec. 4, "Hyper-parameters": shorter side 800, longer at most 1333, horizontal flip)
-# --------------------------------------------------------------------------------------------------
+# ---- Transforms (Sec. 4: shorter side 800, longer at most 1333, horizontal flip) -----------------
 
 KEYPOINT_NAMES = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
     "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
     "right_ankle"
 ).split()
+
+PERSON = ("person", KEYPOINT_NAMES)
 
 # KEYPOINT_FLIP[k] is what keypoint k turns into in a mirror image: left and right change places.
 KEYPOINT_FLIP = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
@@ -409,10 +347,8 @@ def paint_segmentation(mask, segmentation, old_size, flip):
     """
     if isinstance(segmentation, list):
         polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
-        scale_y = mask.shape[0] / old_size[0]
-        scale_x = mask.shape[1] / old_size[1]
-        paint_polygons(mask, polygons, scale_x, scale_y, flip)
-        return
+        scale_y, scale_x = mask.shape[0] / old_size[0], mask.shape[1] / old_size[1]
+        return paint_polygons(mask, polygons, scale_x, scale_y, flip)
     if isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, *old_size)
     # A target pixel takes the source pixel under its centre ("nearest-exact"), so that every edge
@@ -448,9 +384,7 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
     mask[y1:y2, x1:x2] = coco_mask.decode(coco_mask.merge(rles))
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampler and loader
-# --------------------------------------------------------------------------------------------------
+# ---- Sampler and loader --------------------------------------------------------------------------
 
 # The route of the seed. Every random choice about an image is a function of
 #
@@ -506,17 +440,14 @@ class BatchSampler(Sampler):
         return rng.permutation(np.concatenate(groups))
 
     def __iter__(self):
-        groups_per_epoch = len(self.epoch_groups(0))
-        known_epoch = None
-        for iteration in itertools.count(self.start_iteration):
-            epoch, place = divmod(iteration * self.world_size + self.rank, groups_per_epoch)
-            if epoch != known_epoch:
-                groups = self.epoch_groups(epoch)
-                known_epoch = epoch
-            first = self.rank * self.images_per_gpu
+        stream = itertools.chain.from_iterable(map(self.epoch_groups, itertools.count()))
+        first_group = self.start_iteration * self.world_size + self.rank
+        groups = itertools.islice(stream, first_group, None, self.world_size)
+        first = self.rank * self.images_per_gpu
+        for iteration, group in enumerate(groups, start=self.start_iteration):
             yield [
                 (index, image_seed(self.seed, iteration, first + j))
-                for j, index in enumerate(groups[place].tolist())
+                for j, index in enumerate(group.tolist())
             ]
 
 
@@ -527,7 +458,7 @@ class TrainingSet(Dataset):
     list of dicts as of `CocoDataset`, with the seed as target["seed"].
 
     min_sizes: the shorter side is one of these (Sec. 5.1, scale augmentation: uniform over the
-    multiples of 32 from 640 to 800, as in Detectron). flip: mirror every second image, by chance.
+    multiples of 32 from 640 to 800, as in Detectron). flip: mirror an image with probability 1/2.
     """
 
     def __init__(self, dataset, min_sizes=(800,), max_size=1333, flip=True):
@@ -536,21 +467,17 @@ class TrainingSet(Dataset):
         self.max_size = max_size
         self.flip = flip
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, keys):
-        images, targets = zip(*(self.load(index, seed) for index, seed in keys))
-        return list(images), list(targets)
-
-    def load(self, index, seed):
-        """One image of the batch and its target."""
-        # Hashed once more, so that whatever else the seed decides is independent of these draws.
-        min_size = self.min_sizes[image_seed(seed, 0, 0) % len(self.min_sizes)]
-        flip = self.flip and image_seed(seed, 0, 1) % 2 == 1
-        image, target = self.dataset.load(index, min_size, self.max_size, flip)
-        target["seed"] = seed
-        return image, target
+        images = []
+        targets = []
+        for index, seed in keys:
+            # Hashed once more, so that what else the seed decides is independent of these draws.
+            min_size = self.min_sizes[image_seed(seed, 0, 0) % len(self.min_sizes)]
+            flip = self.flip and image_seed(seed, 0, 1) % 2 == 1
+            image, target = self.dataset.load(index, min_size, self.max_size, flip)
+            images.append(image)
+            targets.append(target | {"seed": seed})
+        return images, targets
 
 
 def training_loader(
@@ -564,35 +491,23 @@ def training_loader(
     min_sizes=(800,),
     max_size=1333,
     flip=True,
-    start_method=None,
 ):
-    """An endless iterator over this process's batches (images, targets), as of `TrainingSet`.
-
-    Images are decoded ahead by `workers` processes, whose start_method is "fork", "spawn" or None,
-    the system's. The memory is pinned where there is CUDA.
-    """
-    return read_ahead(
-        TrainingSet(dataset, min_sizes, max_size, flip),
-        workers,
-        BatchSampler(dataset, images_per_gpu, seed, rank, world_size, start_iteration),
-        start_method,
-    )
+    """An endless iterator over this process's batches: (images, targets) as of `TrainingSet`."""
+    sampler = BatchSampler(dataset, images_per_gpu, seed, rank, world_size, start_iteration)
+    return read_ahead(TrainingSet(dataset, min_sizes, max_size, flip), workers, sampler)
 
 
-def read_ahead(dataset, workers, sampler=None, start_method=None):
+def read_ahead(dataset, workers, sampler=None):
     """An iterator over dataset[key] for each key of the sampler (without one: 0, 1, 2, ...).
 
+    `workers` processes compute the next items ahead; the memory is pinned where there is CUDA.
     Raises UserError, in this process, for what a worker could not read, and where the system gives
-    too little for the workers.
+    the workers too little.
     """
+    init = worker_init if workers else None
+    pin = torch.cuda.is_available()
     loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context=start_method if workers else None,
-        worker_init_fn=worker_init if workers else None,
+        dataset, None, sampler=sampler, num_workers=workers, pin_memory=pin, worker_init_fn=init
     )
     try:
         yield from loader
@@ -600,17 +515,15 @@ def read_ahead(dataset, workers, sampler=None, start_method=None):
         error.with_traceback(None)  # which would keep the workers alive
         if not workers or isinstance(error, UserError) or str(error).startswith("Caught"):
             raise
-        raise UserError(f"The loading processes failed ({first_line(error)}); {NEEDED}.") from error
+        raise UserError(TOO_LITTLE.format(first_line(error))) from error
 
 
-NEEDED = (
-    "give them more shared memory (docker run --shm-size=8g) or file descriptors (ulimit -n), or "
-    "load without them (--workers 0)"
+# ---- Worker processes ----------------------------------------------------------------------------
+
+TOO_LITTLE = (
+    "The loading processes have failed ({}); give them more shared memory (docker run "
+    "--shm-size=8g) or file descriptors (ulimit -n), or do without them (--workers 0)."
 )
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def worker_init(_):
@@ -642,14 +555,11 @@ def _end_with_parent():
 
 def _send_error(queue, error, item):
     """Send an error in place of a batch that cannot be sent, for which the reader would wait."""
-    message = f"A loading process cannot hand over its images ({first_line(error)}); {NEEDED}."
-    sent = ExceptionWrapper((UserError, UserError(message), None), "in a loading process")
-    queue.put((item[0], sent))
+    problem = UserError(TOO_LITTLE.format(first_line(error)))
+    queue.put((item[0], ExceptionWrapper((UserError, problem, None), "in a loading process")))
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading and checking: images
-# --------------------------------------------------------------------------------------------------
+# ---- Reading and checking: images ----------------------------------------------------------------
 
 
 class UserError(ValueError):
@@ -664,24 +574,21 @@ class UserError(ValueError):
         self.code = code
 
 
+def first_line(error):
+    """What an exception of a library says, to be put into a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 # Formats that hold photographs. Others stay shut: PIL hands EPS to an interpreter, for one.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-EXIF_ORIENTATION = 0x0112
 
 
 def image_path(image_dir, file_name, image_id=None):
     """The path of file_name in image_dir; UserError if it leaves that folder, be it by a link."""
     root = os.path.realpath(image_dir)
-    try:
-        path = os.path.realpath(os.path.join(root, file_name))
-        inside = os.path.commonpath([root, path]) == root
-    except ValueError:  # a null byte, or another drive
-        inside = False
-    if not inside:
-        raise UserError(
-            f"Image {image_id}: the file name {file_name!r} leads out of {image_dir}; image files "
-            "must lie in that folder."
-        )
+    path = os.path.realpath(os.path.join(root, file_name))
+    if os.path.commonpath([root, path]) != root:
+        raise UserError(f"Image {image_id}: {file_name!r} leads out of {image_dir}; move it there.")
     return path
 
 
@@ -692,278 +599,40 @@ def read_image(path, width=None, height=None, image_id=None):
     in the file's EXIF data is applied, except when only the image as stored has the annotated width
     and height. UserError if it fits neither way, is missing, damaged, or too large to be decoded.
     """
-    where = f"{path} (image {image_id})" if image_id is not None else str(path)
-    if not os.path.isfile(path):
-        raise UserError(f"{where} does not exist; check the image folder.")
+    where = str(path) if image_id is None else f"{path} (image {image_id})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # PIL only warns of an image that would take gigabytes: not decoding it is safer.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                image = _orient(image, width, height, where)
-                array = np.array(_to_rgb(image, where))
-    except UserError:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS
-        raise UserError(f"{where} has more than {limit} pixels; shrink or remove it.") from None
+            with Image.open(path, formats=IMAGE_FORMATS) as stored:
+                image = ImageOps.exif_transpose(stored)
+                if width is not None and image.size != (width, height):
+                    image = stored
+                    if image.size != (width, height):
+                        raise ValueError(f"{image.size} pixels, not {(width, height)} as annotated")
+                array = np.array(_to_rgb(image))
     except Exception as error:  # a damaged file can make a decoder fail in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{where} cannot be read as an image ({reason}); replace or remove it."
-        ) from None
+        problem = f"{where} cannot be used ({first_line(error)})"
+        raise UserError(f"{problem}; replace or remove it.") from None
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def _orient(image, width, height, where):
-    """Applies the EXIF orientation of a PIL image or not, by the annotated size."""
-    shown = image.size
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    if orientation in (5, 6, 7, 8):  # those that swap the sides
-        shown = image.size[::-1]
-    if width is None or shown == (width, height):
-        return ImageOps.exif_transpose(image) if orientation != 1 else image
-    if image.size == (width, height):
-        return image
-    raise UserError(
-        f"{where} is {image.size[0]}x{image.size[1]} pixels but annotated as {width}x{height}; "
-        "correct the annotation or the file."
-    )
-
-
-def _to_rgb(image, where):
+def _to_rgb(image):
     """A PIL image of any mode as RGB, 8 bits each."""
     if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would cut them off at 255
         array = np.asarray(image).astype(np.int64)
         if array.min() < 0 or array.max() > 65535:
-            raise UserError(f"{where} has more than 16 bits a pixel; convert it to 8 bits.")
+            raise ValueError("it has more than 16 bits a pixel")
         return Image.fromarray(((array + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise UserError(f"{where} has floating-point pixels; convert it to 8 bits.")
+        raise ValueError("it has floating-point pixels")
     return image.convert("RGB")
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading and checking: annotations
-# --------------------------------------------------------------------------------------------------
+# ---- Reading and checking: annotations -----------------------------------------------------------
 
-MAX_SIDE = 65_535  # pixels; beyond it, pycocotools' integers overflow
-MAX_COORDINATE = 100_000
-
-
-def _is_id(value, known=None):
-    """Whether a JSON value is an integer that numpy can hold."""
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _is_text(value, known):
-    """Whether a JSON value is text that can be printed: JSON can spell lone surrogates."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def _is_side(value, known):
-    return _is_id(value) and 0 < value <= MAX_SIDE
-
-
-def _are_coordinates(values, count=None):
-    """Whether a JSON value is a list of (count) numbers that can be coordinates in an image."""
-    if not isinstance(values, list) or (count is not None and len(values) != count):
-        return False
-    try:
-        array = np.array(values)
-    except ValueError:  # lists of different lengths
-        return False
-    if array.ndim != 1 or array.dtype.kind not in "if":
-        return False
-    return bool((np.abs(array.astype(np.float64)) < MAX_COORDINATE).all())  # False for NaN
-
-
-# The fields of COCO's lists: field -> (what it must be, a test of its value). The tests see the ids
-# known so far, too.
-COCO_FIELDS = {
-    "images": {
-        "id": ("an integer of 64 bits", _is_id),
-        "file_name": ("text", _is_text),
-        "width": ("a positive integer", _is_side),
-        "height": ("a positive integer", _is_side),
-    },
-    "categories": {
-        "id": ("an integer of 64 bits", _is_id),
-        "name": ("text", _is_text),
-    },
-    "annotations": {
-        "id": ("an integer of 64 bits", _is_id),
-        "image_id": ("an image of the file", lambda v, known: _is_id(v) and v in known["images"]),
-        "category_id": (
-            "a category of the file",
-            lambda v, known: _is_id(v) and v in known["categories"],
-        ),
-        "bbox": ("4 numbers x, y, width, height", lambda v, known: _are_coordinates(v, 4)),
-        "iscrowd": ("0 or 1", lambda v, known: v in (0, 1)),
-        "area": ("a number", lambda v, known: isinstance(v, (int, float)) and abs(v) < 1e15),
-    },
-}
-OPTIONAL = ("iscrowd", "area")
-SINGULAR = {"images": "image", "categories": "category", "annotations": "annotation"}
-
-
-def coco_problems(content, file, masks=False, keypoints=False):
-    """Yield a sentence for everything that makes parsed JSON unusable as a COCO annotation file.
-
-    masks, keypoints: whether segmentations and keypoints are to be used. What is checked here need
-    not be checked again: pycocotools trusts what it is given.
-    """
-    if not isinstance(content, dict) or "images" not in content or "categories" not in content:
-        yield f'{file} is not a COCO annotation file ("images" or "categories" is missing).'
-        return
-    known = {}  # by list and id: the entry, or None for a malformed one
-    for key, fields in COCO_FIELDS.items():
-        known[key] = {}
-        entries = content.get(key, [])
-        if not isinstance(entries, list):
-            yield f'{file} has something else than a list as "{key}"; correct the file.'
-            return
-        for entry in entries:
-            problem = _field_problem(entry, fields, known)
-            if problem is None and entry["id"] in known[key]:
-                problem = "appears twice"
-            if problem is None and key == "annotations":
-                problem = _shape_problem(entry, known, masks, keypoints)
-            entry_id = entry.get("id") if isinstance(entry, dict) else None
-            if _is_id(entry_id):
-                known[key][entry_id] = entry if problem is None else None
-            if problem is not None:
-                of_image = (
-                    f" of image {entry.get('image_id')!r:.30}" if key == "annotations" else ""
-                )
-                name = f"{SINGULAR[key]} {entry_id!r:.30}{of_image}"
-                yield f"{file}: {name} {problem}; correct the file."
-        if key == "categories":
-            yield from _category_problems(known["categories"].values(), file, keypoints)
-
-
-def _category_problems(categories, file, keypoints):
-    """Yield what is wrong with all categories together."""
-    categories = [category for category in categories if category is not None]
-    names = [category["name"] for category in categories]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"{file} has two categories with the name {name!r}; rename one of them."
-    if keypoints:
-        persons = [category for category in categories if category["name"] == "person"]
-        if [person.get("keypoints", KEYPOINT_NAMES) for person in persons] != [KEYPOINT_NAMES]:
-            yield f'{file} has no category "person" with COCO\'s 17 keypoints; choose another file.'
-
-
-def _field_problem(entry, fields, known):
-    """What is wrong with an entry of one of COCO's lists, or None."""
-    if not isinstance(entry, dict):
-        return "is no object with fields"
-    for field, (expected, test) in fields.items():
-        if field in OPTIONAL and field not in entry:
-            continue
-        if not test(entry.get(field), known):
-            return f'must have {expected} as "{field}", not {entry.get(field)!r:.60}'
-    return None
-
-
-def _shape_problem(annotation, known, masks, keypoints):
-    """What is wrong with the segmentation or the keypoints of an annotation, or None."""
-    image = known["images"][annotation["image_id"]]
-    category = known["categories"][annotation["category_id"]]
-    if image is None or category is None or (keypoints and category["name"] != "person"):
-        return None
-    if keypoints:
-        values = annotation.get("keypoints")
-        if not _are_coordinates(values, 51) or not set(values[2::3]) <= {0, 1, 2}:
-            return 'must have 17 times x, y, v as "keypoints", v being 0, 1 or 2'
-    if masks:
-        return segmentation_problem(annotation.get("segmentation", []), image)
-    return None
-
-
-def segmentation_problem(segmentation, image):
-    """What is wrong with a COCO segmentation in an image (an entry of the file), or None.
-
-    Checked with care: pycocotools writes out of bounds where an RLE does not fit its image.
-    """
-    if isinstance(segmentation, list):
-        if all(_are_coordinates(polygon) and len(polygon) % 2 == 0 for polygon in segmentation):
-            return None
-        return "has a malformed polygon"
-    size = [image["height"], image["width"]]
-    if not isinstance(segmentation, dict) or segmentation.get("size") != size:
-        return f"has a segmentation that is neither polygons nor an RLE of size {size}"
-    counts = _run_lengths(segmentation)
-    if not counts or min(counts) < 0 or sum(counts) != math.prod(size):
-        return "has an RLE whose counts do not add up to the pixels of the image"
-    return None
-
-
-def _run_lengths(rle):
-    """The run lengths of an RLE: of background, object, background, ...; None for no RLE.
-
-    In compressed form each is a little-endian signed number in groups of 5 bits, a sixth bit saying
-    that more follows, 48 added to make it printable; from the fourth on, it is the difference to
-    the last but one.
-    """
-    text = rle.get("counts")
-    if isinstance(text, list):
-        return text if all(map(_is_id, text)) else None
-    if not isinstance(text, str):
-        return None
-    counts = []
-    value = 0
-    shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 30:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-        value = 0
-        shift = 0
-    return counts if shift == 0 else None
-
-
-def _without_slivers(segmentation):
-    """A sound segmentation without what covers nothing; [] if nothing is left.
-
-    Polygons of fewer than three points have no area, as in Detectron2.
-    """
-    if isinstance(segmentation, list):
-        return [polygon for polygon in segmentation if len(polygon) >= 6]
-    return segmentation if any(_run_lengths(segmentation)[1::2]) else []
-
-
-def complete_coco(content, file, masks=False, keypoints=False):
-    """Check the content of a COCO annotation file and return it with what it may leave out.
-
-    A file without "annotations" (COCO's test splits) is one without objects. "iscrowd" is 0 and
-    "area" that of the box. Segmentations that cover nothing become []. keypoints: only the category
-    "person" is kept. Raises UserError for the first of `coco_problems`.
-    """
-    for problem in coco_problems(content, file, masks, keypoints):
-        raise UserError(problem)
-    annotations = content.get("annotations", [])
-    categories = content["categories"]
-    if keypoints:
-        categories = [category for category in categories if category["name"] == "person"]
-        annotations = [a for a in annotations if a["category_id"] == categories[0]["id"]]
-    for annotation in annotations:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        if masks:
-            annotation["segmentation"] = _without_slivers(annotation.get("segmentation", []))
-    if masks and annotations and not any(a["segmentation"] for a in annotations):
-        raise UserError(f"{file} has boxes but no masks; choose a recipe with masks=False.")
-    new = {"categories": categories, "annotations": annotations}
-    return {"info": {}} | content | new
+CONVERT = "convert a data set of another layout with tools/to_coco.py"
 
 
 def read_coco(file, masks=False, keypoints=False):
@@ -971,10 +640,9 @@ def read_coco(file, masks=False, keypoints=False):
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
-    except OSError as error:
-        raise UserError(f"{file} cannot be opened ({error.strerror}).") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({first_line(error)}); download it again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{file} cannot be read as JSON ({first_line(error)})"
+        raise UserError(f"{problem}; check the data folder or download it again.") from None
     return complete_coco(content, file, masks, keypoints)
 
 
@@ -985,56 +653,180 @@ def read_voc(root, splits):
     """
     images = []
     annotations = []
-    for folder, split in splits:
-        listed = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
-        try:
-            with open(listed, encoding="utf-8") as file:
+    try:
+        for folder, split in splits:
+            path = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
+            with open(path, encoding="utf-8") as file:
                 names = file.read().split()
-        except (OSError, ValueError):
-            raise UserError(f"{listed} cannot be read; unpack VOC's devkit into {root}.") from None
-        for name in names:
-            path = os.path.join(root, folder, "Annotations", f"{name}.xml")
-            try:
-                image, objects = _read_voc_image(path, name)
-            except OSError:
-                raise UserError(f"{path} cannot be read; unpack VOC's devkit whole.") from None
-            except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{path} is no annotation of VOC ({first_line(error)}); data sets in VOC's "
-                    "layout with other names and classes are converted with tools/to_coco.py."
-                ) from None
-            images.append(image | {"file_name": f"{folder}/JPEGImages/{name}.jpg"})
-            for annotation in objects:
-                annotations.append(annotation | {"id": len(annotations) + 1})
+            for name in names:
+                path = os.path.join(root, folder, "Annotations", f"{name}.xml")
+                tree = ElementTree.parse(path).getroot()
+                image = {side: int(tree.findtext(f"size/{side}")) for side in ("width", "height")}
+                image["id"] = int(name.replace("_", ""))
+                image["file_name"] = f"{folder}/JPEGImages/{name}.jpg"
+                images.append(image)
+                for entry in tree.iter("object"):
+                    sides = ("xmin", "ymin", "xmax", "ymax")
+                    x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in sides)
+                    x1, y1 = x1 - 1, y1 - 1  # VOC counts pixels from 1 and includes the last one
+                    difficult = int(entry.findtext("difficult", "0").strip() == "1")
+                    annotation = {"id": len(annotations) + 1, "image_id": image["id"]}
+                    name = entry.findtext("name").strip()
+                    annotation["category_id"] = VOC_CLASSES.index(name) + 1
+                    annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+                    annotation["iscrowd"] = annotation["difficult"] = difficult
+                    annotations.append(annotation)
+    except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+        problem = f"{path} is no file of VOC's devkit ({first_line(error)})"
+        raise UserError(f"{problem}; unpack it whole, or {CONVERT}.") from None
     categories = [{"id": k, "name": name} for k, name in enumerate(VOC_CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return complete_coco(content, root)
 
 
-def _read_voc_image(path, name):
-    """One XML file of VOC -> (image, annotations), as entries of a COCO file."""
-    tree = ElementTree.parse(path).getroot()
-    width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-    image = {"id": int(name.replace("_", "")), "width": width, "height": height}
-    annotations = []
-    for entry in tree.iter("object"):
-        class_name = entry.findtext("name").strip()
-        if class_name not in VOC_CLASSES:
-            raise ValueError(f"{class_name!r} is none of its classes")
-        corners = [entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-        x1, y1, x2, y2 = (float(corner) for corner in corners)
-        x1, y1 = x1 - 1, y1 - 1  # VOC counts pixels from 1 and includes the last one
-        bbox = [x1, y1, x2 - x1, y2 - y1]
-        if not _are_coordinates(bbox):
-            raise ValueError(f"the box {corners} is none")
-        difficult = int(entry.findtext("difficult", "0").strip() == "1")
-        annotations.append(
-            {
-                "image_id": image["id"],
-                "category_id": VOC_CLASSES.index(class_name) + 1,
-                "bbox": bbox,
-                "iscrowd": difficult,
-                "difficult": difficult,
-            }
-        )
-    return image, annotations
+def complete_coco(content, file, masks=False, keypoints=False):
+    """Check the content of a COCO annotation file and return it with what it may leave out.
+
+    A file without "annotations" (COCO's test splits) is one without objects. "iscrowd" is 0 and
+    "area" that of the box. A segmentation that covers nothing becomes []; polygons of fewer than
+    three points are left out, as in Detectron2.
+    """
+    for problem in coco_problems(content, file, masks, keypoints):
+        raise UserError(problem)
+    content = {"info": {}, "annotations": []} | content
+    for annotation in content["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        segmentation = annotation.pop("segmentation", [])
+        if masks and isinstance(segmentation, list):
+            annotation["segmentation"] = [polygon for polygon in segmentation if len(polygon) > 5]
+        elif masks:
+            empty = not any(run_lengths(segmentation)[1::2])
+            annotation["segmentation"] = [] if empty else segmentation
+    return content
+
+
+MAX_SIDE = 65_535  # pixels; beyond it, pycocotools' integers overflow
+
+
+def _is_id(value):
+    """Whether a JSON value is an integer that numpy can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_text(value):
+    """Whether a JSON value can be printed: JSON can spell null bytes and lone surrogates."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+
+
+def _are_numbers(values, count=None, most=100_000):
+    """Whether a JSON value is a list of (count) numbers that can be pixels of an image."""
+    if not isinstance(values, list) or count not in (None, len(values)):
+        return False
+    return all(isinstance(value, (int, float)) and -most < value < most for value in values)
+
+
+# What the entries of COCO's lists must hold: (kind of entry, field, in words, a test).
+COCO_LISTS = {"image": "images", "category": "categories", "annotation": "annotations"}
+COCO_FIELDS = [
+    ("image", "id", "an integer of 64 bits", _is_id),
+    ("image", "file_name", "text", _is_text),
+    ("image", "width", "a positive integer", lambda v: _is_id(v) and 0 < v <= MAX_SIDE),
+    ("image", "height", "a positive integer", lambda v: _is_id(v) and 0 < v <= MAX_SIDE),
+    ("category", "id", "an integer of 64 bits", _is_id),
+    ("category", "name", "text", _is_text),
+    ("annotation", "id", "an integer of 64 bits", _is_id),
+    ("annotation", "image_id", "the id of an image", _is_id),
+    ("annotation", "category_id", "the id of a category", _is_id),
+    ("annotation", "bbox", "4 numbers x, y, w, h", lambda v: _are_numbers(v, 4)),
+    ("annotation", "iscrowd", "0 or 1", lambda v: v in (0, 1)),
+    ("annotation", "area", "a number", lambda v: _are_numbers([v], 1, 1e15)),
+]
+OPTIONAL = {"iscrowd": 0, "area": 0}
+
+
+def coco_problems(content, file, masks=False, keypoints=False):
+    """Yield a sentence for everything that makes parsed JSON unusable as a COCO annotation file.
+
+    masks, keypoints: whether they are used. What is checked here is not checked again.
+    """
+    if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
+        yield f'{file} is not a COCO annotation file: it needs "images" and "categories".'
+        return
+    known = {kind: {} for kind in COCO_LISTS}  # sound entries by id
+    for kind, key in COCO_LISTS.items():
+        entries = content.get(key, [])
+        if not isinstance(entries, list):
+            yield f'{file} has no list of entries as "{key}"; correct the file.'
+            return
+        for entry in entries:
+            entry = entry if isinstance(entry, dict) else {}
+            problem = _entry_problem(kind, entry, known, masks, keypoints)
+            if problem is None:
+                known[kind][entry["id"]] = entry
+                continue
+            of_image = f" of image {entry.get('image_id')!r:.30}" if kind == "annotation" else ""
+            name = f"{kind} {entry.get('id')!r:.30}{of_image}"
+            yield f"{file}: {name} {problem}; correct the file."
+
+
+def _entry_problem(kind, entry, known, masks, keypoints):
+    """What is wrong with an entry of one of COCO's three lists, or None."""
+    for owner, field, expected, test in COCO_FIELDS:
+        if owner == kind and not test(entry.get(field, OPTIONAL.get(field))):
+            return f'must have {expected} as "{field}", not {entry.get(field)!r:.60}'
+    if entry["id"] in known[kind]:
+        return "appears twice"
+    if kind == "category":
+        if entry["name"] in [category["name"] for category in known["category"].values()]:
+            return f"has the name of another, {entry['name']!r}"
+        if keypoints and (entry["name"], entry.get("keypoints", KEYPOINT_NAMES)) != PERSON:
+            return 'is not "person" with the 17 keypoints of COCO'
+    if kind != "annotation":
+        return None
+    for other in ("image", "category"):
+        if entry[f"{other}_id"] not in known[other]:
+            return f"belongs to no {other} of the file, its {other}_id being {entry[f'{other}_id']}"
+    points = entry.get("keypoints")
+    if keypoints and not (_are_numbers(points, 51) and set(points[2::3]) <= {0, 1, 2}):
+        return 'must have 17 times x, y, v as "keypoints", v being 0, 1 or 2'
+    image = known["image"][entry["image_id"]]
+    return segmentation_problem(entry.get("segmentation", []), image) if masks else None
+
+
+def segmentation_problem(segmentation, image):
+    """What is wrong with a COCO segmentation in an image (an entry of the file), or None.
+
+    Checked with care: pycocotools writes out of bounds where an RLE does not fit its image.
+    """
+    if isinstance(segmentation, list):
+        sound = all(_are_numbers(polygon) and len(polygon) % 2 == 0 for polygon in segmentation)
+        return None if sound else "has a malformed polygon"
+    size = [image["height"], image["width"]]
+    if not isinstance(segmentation, dict) or segmentation.get("size") != size:
+        return f"has a segmentation that is neither polygons nor an RLE of size {size}"
+    counts = run_lengths(segmentation)
+    if not counts or min(counts) < 0 or sum(counts) != math.prod(size):
+        return "has an RLE whose counts do not add up to the pixels of the image"
+    return None
+
+
+def run_lengths(rle):
+    """The run lengths of an RLE, of background, object, background, ...; [] for no RLE.
+
+    Compressed, each is a little-endian signed number in groups of 5 bits, to which 48 is added, and
+    32 where more follow. From the fourth on, it is the difference to the last but one.
+    """
+    counts = rle.get("counts")
+    if isinstance(counts, list):
+        return counts if all(map(_is_id, counts)) else []
+    if not isinstance(counts, str) or not re.fullmatch("([P-o]{0,6}[0-O])*", counts):
+        return []
+    lengths = []
+    for number in re.findall("[P-o]*[0-O]", counts):
+        groups = [(ord(character) - 48) & 31 for character in number]
+        value = sum(group << 5 * i for i, group in enumerate(groups))
+        if groups[-1] & 16:
+            value -= 1 << 5 * len(groups)
+        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
+    return lengths

@@ -5,17 +5,15 @@
     python evaluate.py --weights FILE --export SMALL            the weights alone, for sharing
 
 In reading order: prediction on an image (`predict`), test-time augmentation, metrics over all
-processes (`evaluate`), pictures (`draw`), the command line. The plumbing at the end (processes,
-lock, errors) is train.py's, too.
+processes (`evaluate`), pictures (`draw`), command line. The plumbing at the end is train.py's, too.
 """
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the next imports, which take seconds, ends silently
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, ends silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import collections
 import contextlib
 import copy
 import ctypes
@@ -26,12 +24,12 @@ import json
 import math
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -43,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import WeightsError, load_model, read_checkpoint, write_whole
+from model import WeightsError, check_images, load_model, read_checkpoint, write_whole
 
 # ---- Prediction on an image ----------------------------------------------------------------------
 
@@ -52,16 +50,21 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
     """Detect the objects of one image.
 
     model: a MaskRCNN, in whatever mode; image: the path of a file, an array [H, W, 3] or a tensor
-    [3, H, W], RGB, uint8 or float in [0, 1]; min_size, max_size: the shorter side that the network
-    sees, and the most that the longer one may have (None: what the model was trained for); tta:
-    test-time augmentation.
+    [3, H, W], RGB, uint8 or float in [0, 1]; min_size, max_size: what the network sees has a
+    shorter side of min_size pixels, unless the longer one exceeds max_size (None: as in training);
+    tta: test-time augmentation.
 
     Returns a dict on the CPU, best score first, all in the pixels of this image: `boxes` [N, 4]
     float xyxy, `labels` [N] int64 (1..K), `scores` [N], `masks` [N, H, W] bool (of a model with
     masks), `keypoints` [N, 17, 3] (x, y, 1) and `keypoints_scores` [N, 17] (with keypoints).
-    Raises UserError for a file that cannot be read, ValueError for an array of another shape.
+    Raises UserError for a file that cannot be read, ValueError for another kind of array.
     """
-    image = to_tensor(image)
+    if isinstance(image, (str, os.PathLike)):
+        image = data.read_image(image)
+    elif not torch.is_tensor(image):
+        # A copy in C's order, since torch refuses the negative strides of bgr[..., ::-1].
+        image = torch.from_numpy(np.atleast_3d(np.array(image, order="C"))).permute(2, 0, 1)
+    check_images([image])
     size = tuple(image.shape[1:])
     with evaluation_mode(model):
         detections = detect(model, image, size, min_size, max_size, tta)
@@ -70,67 +73,42 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
     return detections
 
 
-def to_tensor(image):
-    """An image as `predict` takes it as a tensor [3, H, W], uint8 or float32."""
-    if isinstance(image, (str, os.PathLike)):
-        return data.read_image(image)
-    if not torch.is_tensor(image):
-        # A copy in C's order, since torch refuses the negative strides of array[..., ::-1].
-        image = torch.from_numpy(np.atleast_3d(np.array(image, order="C"))).permute(2, 0, 1)
-    image = image.float() if image.is_floating_point() else image
-    if image.ndim != 3 or len(image) != 3 or image.dtype not in (torch.uint8, torch.float32):
-        raise ValueError(
-            "An image is an array [H, W, 3] or a tensor [3, H, W] of uint8 or float, not "
-            f"{image.dtype} {list(image.shape)} (channels first)."
-        )
-    return image
-
-
 @contextlib.contextmanager
-def evaluation_mode(model, amp=False):
-    """Evaluation mode without gradients, then the mode that was before; amp: bfloat16 autocast."""
+def evaluation_mode(model):
+    """Evaluation mode without gradients inside the `with`, then the mode that was before."""
     training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device_of(model).type, torch.bfloat16, enabled=amp):
-            yield
+        with torch.no_grad():
+            yield model.eval()
     finally:
         model.train(training)
 
 
-def device_of(model):
-    """The device on which the weights of a model are."""
-    return next(model.parameters()).device
-
-
 def detect(model, image, size, min_size=None, max_size=None, tta=False):
-    """Detections in an image of `size` (H, W), as from `to_image`; the model is in eval mode.
+    """Detections in an image of `size` (H, W), as of `to_image`; the model is in evaluation mode.
 
-    image: [3, H, W], or (without tta) already resized for the network.
+    image: [3, H, W], or (without tta) already resized for the network; the rest as of `predict`.
     """
-    sizes = input_sizes(model, min_size, max_size)
+    min_size = min_size or model.data_settings["min_size"]
+    max_size = max_size or model.data_settings["max_size"]
+    resized = data.resize_shape(*size, min_size, max_size)
     if tta:
-        views = tta_views(size, *sizes)
-        return to_image(detect_augmented(model, image, views), views[0][0], size)
-    resized = data.resize_shape(*size, *sizes)
-    image = data.resize_image(image, *resized).to(device_of(model))
-    return to_image(model([image])[0], resized, size)
-
-
-def input_sizes(model, min_size=None, max_size=None):
-    """Shorter and longest side of the network's input: as given, or as the model was trained."""
-    settings = model.data_settings
-    return min_size or settings.get("min_size") or 800, max_size or settings.get("max_size") or 1333
+        found = detect_augmented(model, image, tta_views(size, min_size, max_size))
+    else:
+        image = data.resize_image(image, *resized)
+        (found,) = model([image.to(model.image_mean.device)])
+    return to_image(found, resized, size)
 
 
 def to_image(detections, resized, size):
-    """Detections in an image resized to `resized` (h, w) as detections in the image of `size`.
+    """The model's dict for an image resized to `resized` (h, w), in the pixels of its `size`.
 
-    Boxes and keypoints are scaled and boxes clipped; boxes without area are dropped. `masks` stay
-    the probabilities [N, 28, 28] of the box. Returns tensors on the CPU, float32 also under amp.
+    Boxes are clipped, those without area dropped; `masks` stay the probabilities [N, 28, 28] of the
+    box. Returns tensors on the CPU.
     """
     found = {name: value.cpu() for name, value in detections.items()}
-    found = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    for name in found.keys() - {"labels"}:
+        found[name] = found[name].float()  # from amp's bfloat16
     boxes = data.resize_boxes(found["boxes"], resized, size, flip=False)
     found["boxes"] = ops.clip_boxes_to_image(boxes, size)
     if "keypoints" in found:
@@ -140,52 +118,41 @@ def to_image(detections, resized, size):
     return {name: value[kept] for name, value in found.items()}
 
 
-def paste_masks(masks, boxes, height, width, threshold=0.5):
-    """Masks [N, M, M] (probabilities) of boxes [N, 4] as bool [N, height, width] of the image.
+def paste_masks(masks, boxes, height, width):
+    """Masks [N, M, M] (probabilities) of boxes [N, 4] as bool [N, height, width] of the image."""
+    pairs = zip(masks.float().cpu().numpy(), boxes.tolist())
+    pasted = [paste_mask(mask, box, height, width) for mask, box in pairs]
+    return torch.from_numpy(np.array(pasted, bool).reshape(len(pasted), height, width))
 
-    Boxes are xyxy in the image's pixels, also partly outside. A pixel belongs to the object from
-    the threshold in (0, 1] on. The values are Detectron2's (`paste_masks_in_image`).
+
+def paste_mask(mask, box, height, width):
+    """One mask (numpy [M, M] float32) of a box (x1, y1, x2, y2) as bool [height, width].
+
+    Bilinear interpolation as in Detectron2's `paste_masks_in_image`, along one axis after the
+    other: pixel i has its centre at i + 0.5, and zeros around the mask let it fade out half a cell
+    outside of the box. Only the pixels of the box are computed.
     """
-    pasted = np.zeros((len(masks), height, width), bool)
-    for image, mask, box in zip(pasted, masks.float().cpu().numpy(), boxes.tolist()):
-        x, y, inside = paste_window(mask, box, height, width, threshold)
-        image[y : y + inside.shape[1], x : x + inside.shape[0]] = inside.T
-    return torch.from_numpy(pasted)
+    x1, y1, x2, y2 = box
+    image = np.zeros((width, height), bool)  # column after column, as COCO encodes it
+    if x2 <= x1 or y2 <= y1:
+        return image.T
+    window = []
+    for low, high, length in ((y1, y2, height), (x1, x2, width)):
+        count = len(mask)
+        fade = (high - low) / (2 * count)
+        start = max(0, math.ceil(low - fade - 0.5))
+        stop = max(start, min(length, math.ceil(high + fade - 0.5)))
+        place = (np.arange(start, stop) + 0.5 - low) * (count / (high - low)) + 0.5
+        before = np.clip(place.astype(int), 0, count)  # the cell before the pixel's centre
+        weight = (place - before).astype(np.float32)[:, None]
+        cells = np.pad(mask, ((1, 1), (0, 0)))
+        mask = (cells[before] + weight * (cells[1:] - cells[:-1])[before]).T
+        window.append(slice(start, stop))
+    image[window[1], window[0]] = mask.T >= 0.5
+    return image.T
 
 
-def paste_window(mask, box, height, width, threshold=0.5):
-    """The pixels of one mask (numpy [M, M] float32) in its box (x1, y1, x2, y2) of the image.
-
-    Returns (x, y, inside): the window's first column and row, and bool [columns, rows]: columns
-    first, since that is the order of COCO's run-length code.
-    """
-    left, top, right, bottom = box
-    if right <= left or bottom <= top:
-        return 0, 0, np.zeros((0, 0), bool)
-    y, rows = interpolate(mask, top, bottom, height)
-    x, columns = interpolate(rows.T, left, right, width)
-    return x, y, columns >= threshold
-
-
-def interpolate(cells, low, high, length):
-    """Bilinear interpolation along one axis: M cells fill [low, high] of `length` pixels.
-
-    cells: [M, C] float32. Pixel i has its centre at i + 0.5; zeros around the cells let a mask fade
-    out half a cell outside of its box. Returns the first pixel touched and values [n, C] from it.
-    """
-    count = len(cells)
-    fade = (high - low) / (2 * count)
-    first = max(0, math.ceil(low - fade - 0.5))
-    last = min(length, math.ceil(high + fade - 0.5))
-    place = (np.arange(first, last) + 0.5 - low) * (count / (high - low)) + 0.5
-    before = np.clip(place.astype(np.int64), 0, count)
-    weight = (place - before).astype(np.float32)[:, None]
-    padded = np.zeros((count + 2, cells.shape[1]), np.float32)
-    padded[1:-1] = cells
-    return first, padded[before] + weight * (padded[1:] - padded[:-1])[before]
-
-
-# ---- Test-time augmentation (Sec. 5.1, Fig. 5, as in Detectron): every scale, also mirrored ----
+# ---- Test-time augmentation (Sec. 5.1, Fig. 5, as in Detectron): every scale, also mirrored ------
 
 TTA_SCALES = (400, 500, 600, 700, 900, 1000, 1100, 1200)  # shorter sides, for a model of 800
 TTA_MAX_SIZE = 2000  # longer side at most, for a model of 800
@@ -195,8 +162,8 @@ TTA_VOTE_IOU = 0.9
 def tta_views(size, min_size, max_size):
     """The 18 views of an image of `size` (H, W): pairs of an input's size (h, w) and "mirrored".
 
-    The model's own size comes first. The others are relative to it: a model for 160 pixels has
-    views of 80 ... 240.
+    The model's own size is first, the others are relative to it: a model for 160 pixels has
+    shorter sides of 80 ... 240.
     """
     limits = [(min_size, max_size)]
     for scale in TTA_SCALES:
@@ -214,7 +181,7 @@ def detect_augmented(model, image, views):
     3) Masks are read for the final boxes in every view and averaged as probabilities. Features are
        computed anew for that, since those of 18 views would fill a GPU.
     """
-    check_tta(model)
+    refuse_keypoints(model)
     own, _ = views[0]
     scores = []
     boxes = []
@@ -223,8 +190,8 @@ def detect_augmented(model, image, views):
         proposals, valid = model.proposals(features, sizes)
         view_scores, view_boxes = model.box_predictions(features, proposals, valid, sizes)[0]
         scores.append(view_scores)  # [P, K + 1]
-        boxes_in_own = data.resize_boxes(view_boxes.flatten(0, 1), shape, own, flip)
-        boxes.append(boxes_in_own.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
+        moved = data.resize_boxes(view_boxes.flatten(0, 1), shape, own, flip)
+        boxes.append(moved.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
         del features  # before those of the next view are computed
     scores = torch.cat(scores)
     boxes = torch.cat(boxes)
@@ -237,15 +204,15 @@ def detect_augmented(model, image, views):
     masks = 0
     for shape, flip in views:
         features, _ = view_features(model, image, shape, flip)
-        view_boxes = data.resize_boxes(detections["boxes"], own, shape, flip)
-        view_masks = model.mask_probabilities(features, [view_boxes], [detections["labels"]])[0]
+        moved = data.resize_boxes(detections["boxes"], own, shape, flip)
+        view_masks = model.mask_probabilities(features, [moved], [detections["labels"]])[0]
         masks = masks + (view_masks.flip(-1) if flip else view_masks)
         del features
     detections["masks"] = masks / len(views)
     return detections
 
 
-def check_tta(model):
+def refuse_keypoints(model):
     """Raise UserError for a model with keypoints: the paper augments boxes and masks only."""
     if model.config.keypoints:
         raise UserError("Keypoint models have no test-time augmentation; leave out --tta.", code=2)
@@ -256,15 +223,15 @@ def view_features(model, image, shape, flip):
     resized = data.resize_image(image, *shape)
     if flip:
         resized = resized.flip(-1)
-    batch, sizes = model.batch([resized.to(device_of(model))])
+    batch, sizes = model.batch([resized.to(model.image_mean.device)])
     return model.features(batch), sizes
 
 
-def vote_boxes(detections, scores, boxes, score_threshold, iou=TTA_VOTE_IOU):
+def vote_boxes(detections, scores, boxes, score_threshold):
     """Box voting: each kept box b becomes the mean of the boxes b_i that agree with it.
 
-        b  ->  sum_i s_i b_i / sum_i s_i     over the i of b's class with IoU(b, b_i) >= iou and a
-                                             score s_i > score_threshold (only those went into NMS)
+        b  ->  sum_i s_i b_i / sum_i s_i    over the i of b's class with IoU(b, b_i) >= 0.9 and a
+                                            score s_i > score_threshold (only those went into NMS)
 
     detections: `boxes` [N, 4] and `labels` [N], what NMS kept of the united boxes; scores:
     [P, K + 1] and boxes: [P, K or 1, 4], all of them. Returns [N, 4]; scores do not change.
@@ -274,7 +241,7 @@ def vote_boxes(detections, scores, boxes, score_threshold, iou=TTA_VOTE_IOU):
         kept = detections["labels"] == label
         voters = scores[:, label] > score_threshold
         candidates = boxes[voters, min(label, boxes.shape[1]) - 1]  # cascade: one for all classes
-        agree = ops.box_iou(voted[kept], candidates) >= iou
+        agree = ops.box_iou(voted[kept], candidates) >= TTA_VOTE_IOU
         weights = agree * scores[voters, label]
         total = weights.sum(dim=1, keepdim=True)
         mean = weights @ candidates / total.clamp(min=1e-12)
@@ -282,7 +249,7 @@ def vote_boxes(detections, scores, boxes, score_threshold, iou=TTA_VOTE_IOU):
     return voted
 
 
-# ---- Metrics: the results of all images in COCO's format, then average precision (AP) ----
+# ---- Metrics: the results of all images in COCO's format, then average precision (AP) ------------
 #
 # A detection is right at the IoU threshold t if it overlaps an object of its class, which no
 # detection with a higher score has taken, with IoU >= t. Go through the detections of a class in
@@ -293,14 +260,7 @@ def vote_boxes(detections, scores, boxes, score_threshold, iou=TTA_VOTE_IOU):
 # AP at t is the area under precision over recall, where precision is the best at this or any higher
 # recall. AP50 and AP75: t = 0.5 and 0.75, mean over the classes; COCO's AP: mean over t = 0.5,
 # 0.55, ..., 0.95 as well; APs, APm, APl: of objects below 32^2, up to 96^2, and above 96^2 pixels.
-# The IoU is that of boxes for "bbox", of masks for "segm"; keypoints have a similarity of their own.
-
-COCO_METRICS = {
-    "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),  # small people have no keypoints in COCO
-}
-RESULT_FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+# IoU is that of boxes for "bbox" and of masks for "segm"; keypoints have a similarity of their own.
 
 
 def evaluate(
@@ -310,54 +270,54 @@ def evaluate(
 
     Where torch.distributed is initialized, every process calls this, takes its share of the images
     and returns the same. model: a MaskRCNN (not wrapped in DDP), in whatever mode; dataset: a
-    CocoDataset or VocDataset made for evaluation; tta: test-time augmentation; workers: processes
-    that decode images, and as many that paste masks; amp: bfloat16; progress: a bar on rank 0.
+    CocoDataset or VocDataset made for evaluation; out: a folder for `results_bbox.json`,
+    `results_segm.json` and `results_keypoints.json` in COCO's submission format, which appear whole
+    or not at all; tta: test-time augmentation; workers: processes that decode images, and as many
+    that paste masks; amp: bfloat16; progress: a bar on rank 0.
 
-    out: a folder for `results_bbox.json`, `results_segm.json`, `results_keypoints.json` in COCO's
-    submission format. They appear whole or not at all; the metrics are pycocotools' on them.
-
-    Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "segm": the same for a model with
-    masks, "keypoints": {"AP", "AP50", "AP75", "APm", "APl"} for one with keypoints}, or for VOC
-    {"voc": {"mAP50"}}; None where there is no object to find. per_class adds {"per_class": {class:
-    AP}} to each. Raises UserError where data set and model have different classes.
+    Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}}, the same as "segm" for a model
+    with masks, {"AP", "AP50", "AP75", "APm", "APl"} as "keypoints"; for VOC {"voc": {"mAP50"}};
+    None where there is no object to find. per_class adds {"per_class": {class: AP}} to each.
+    Raises UserError where data set and model have different classes.
     """
     distributed = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    check_fits(model, dataset, tta)
+    check_classes(model, dataset)
     if rank == 0:
         truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
         if out is not None:  # results of an earlier run must not pass for those of this one
             Path(out).mkdir(parents=True, exist_ok=True)
-            for kind in RESULT_FIELDS:
+            for kind in RESULTS:
                 Path(out, f"results_{kind}.json").unlink(missing_ok=True)
 
     positions = range(rank, len(dataset), world_size)
-    with evaluation_mode(model, amp):
-        results = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
+    device = model.image_mean.device.type
+    with evaluation_mode(model), torch.autocast(device, torch.bfloat16, enabled=amp):
+        found = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
+    shares = [found] * world_size
     if distributed:  # not through files: machines need not share a file system
-        shares = [None] * world_size if rank == 0 else None
-        dist.gather_object(results, shares)
-        if rank == 0:
-            results = {image_id: found for share in shares for image_id, found in share.items()}
+        dist.gather_object(found, shares if rank == 0 else None)
     metrics = [None]
     if rank == 0:
+        found = {image_id: results for share in shares for image_id, results in share.items()}
+        if found.keys() != set(dataset.image_ids):
+            raise UserError("The processes see different data sets; give them the same --data.")
+        # In the data set's order: the files do not depend on the number of processes.
+        results = [result for image_id in dataset.image_ids for result in found[image_id]]
         metrics = [score(model, dataset, truth, results, out, per_class, workers)]
     if distributed:
         dist.broadcast_object_list(metrics)
     return metrics[0]
 
 
-def check_fits(model, dataset, tta):
-    """Raise UserError if the model cannot be evaluated on the data set."""
-    if tta:
-        check_tta(model)
-    trained = model.data_settings.get("classes") or dataset.classes
-    names = dataset.classes
-    if model.config.num_classes != len(names) or list(trained) != list(names):
-        different = [f"{ours!r} is {own!r}" for own, ours in zip(trained, names) if own != ours]
+def check_classes(model, dataset):
+    """Raise UserError if the model is for other classes than those of the data set."""
+    trained = model.data_settings["classes"] or dataset.classes
+    if (model.config.num_classes, trained) != (len(dataset.classes), dataset.classes):
+        different = sorted(set(trained) ^ set(dataset.classes))[:5]
         raise UserError(
-            f"The classes of {dataset.annotation_file} are not those of the weights: "
-            f"{len(names)} and {model.config.num_classes} of them; {', '.join(different[:3])}"
+            f"{dataset.annotation_file} has {len(dataset.classes)} classes, the weights are for "
+            f"{model.config.num_classes} (different: {', '.join(different) or 'order'})."
         )
 
 
@@ -368,31 +328,21 @@ def detect_all(model, dataset, positions, tta, workers, progress):
     processes paste and encode the masks of the last. It sees one image at a time: in a batch,
     through GroupNorm, the padding would make a result depend on its neighbours.
     """
-    sizes = input_sizes(model)
-    pictures = copy.copy(dataset)
-    pictures.masks = pictures.keypoints = False  # the objects to find are pycocotools' business
-    read = functools.partial(read_input, pictures, None if tta else sizes)
-    inputs = data.read_ahead(Mapped(read), workers, positions)
+    images = copy.copy(dataset)
+    images.masks = images.keypoints = False  # the objects to find are pycocotools' business
+    sizes = {} if tta else {key: model.data_settings[key] for key in ("min_size", "max_size")}
+    loaded = data.read_ahead(Mapped(functools.partial(images.load, **sizes)), workers, positions)
 
     def detections():
-        for position, (image, size) in zip(positions, inputs):
-            found = detect(model, image, size, *sizes, tta)
+        for i, (image, _) in zip(positions, loaded):
+            size = int(dataset.heights[i]), int(dataset.widths[i])
+            found = detect(model, image, size, tta=tta)
             # As numpy: tensors would travel through shared memory, of which there may be little.
             arrays = {name: value.numpy() for name, value in found.items()}
-            yield dataset.image_ids[position], arrays, size, dataset.category_ids
+            yield dataset.image_ids[i], arrays, size, dataset.category_ids
 
     results = map_in_workers(coco_results, detections(), workers)
-    bar = tqdm(results, "evaluate", len(positions), leave=False, disable=not progress, unit="image")
-    return dict(bar)
-
-
-def read_input(dataset, sizes, index):
-    """An image of a data set, resized for the network if `sizes` is given, and its size (H, W)."""
-    image, _ = dataset[index]
-    size = tuple(image.shape[1:])
-    if sizes is not None:
-        image = data.resize_image(image, *data.resize_shape(*size, *sizes))
-    return image, size
+    return dict(tqdm(results, "evaluate", len(positions), leave=False, disable=not progress))
 
 
 class Mapped(Dataset):
@@ -412,15 +362,14 @@ def map_in_workers(function, items, workers):
     in this process, and may come from a generator.
     """
     init = data.worker_init if workers else None
-    return DataLoader(
-        Mapped(function), batch_size=None, sampler=items, num_workers=workers, worker_init_fn=init
-    )
+    settings = {"batch_size": None, "num_workers": workers, "worker_init_fn": init}
+    return DataLoader(Mapped(function), sampler=items, **settings)
 
 
 def coco_results(item):
     """Detections of one image in COCO's submission format: (image id, a list of dicts).
 
-    item: (image id, detections as from `to_image` in numpy, size (H, W), category ids of labels
+    item: (image id, detections as from `detect` in numpy, size (H, W), category ids of labels
     1..K). Each dict has `image_id`, `category_id`, `score`, `bbox` [x, y, width, height], and
     `segmentation` (compressed RLE) and `keypoints` [51] where the model has them. Numbers are
     rounded here, once: the metrics are computed from the very values that are written.
@@ -428,89 +377,70 @@ def coco_results(item):
     image_id, detections, size, category_ids = item
     results = []
     boxes, scores, labels = (detections[name].tolist() for name in ("boxes", "scores", "labels"))
-    for (x1, y1, x2, y2), confidence, label in zip(boxes, scores, labels):
-        bbox = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+    for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels):
         result = {"image_id": image_id, "category_id": category_ids[label - 1]}
-        results.append(result | {"score": round(confidence, 6), "bbox": bbox})
+        result["score"] = round(score, 6)
+        result["bbox"] = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+        results.append(result)
     if "masks" in detections:
         for result, mask, box in zip(results, detections["masks"], boxes):
-            result["segmentation"] = window_rle(*paste_window(mask, box, *size), *size)
+            code = coco_mask.encode(paste_mask(mask, box, *size).view(np.uint8))
+            result["segmentation"] = code | {"counts": code["counts"].decode()}
     if "keypoints" in detections:
         # COCO's keypoints are indices of pixels, ours are places: pixel 0 has its centre at 0.5.
-        keypoints = detections["keypoints"] - np.float32([0.5, 0.5, 0])
-        for result, points in zip(results, keypoints):
+        for result, points in zip(results, detections["keypoints"] - np.float32([0.5, 0.5, 0])):
             result["keypoints"] = [round(value, 3) for value in points.flatten().tolist()]
     return image_id, results
 
 
-def window_rle(x, y, inside, height, width):
-    """COCO's run-length code of an image in which only a window (see `paste_window`) may be True.
-
-    Returns {"size": [height, width], "counts": compressed str}, as pycocotools encodes the image.
-    """
-    columns = np.zeros((inside.shape[0], height), bool)  # those of the window, over all rows
-    columns[:, y : y + inside.shape[1]] = inside
-    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
-    counts = np.diff(x * height + changes, prepend=0, append=height * width)
-    if counts[-1] == 0:  # the image's last pixel is True
-        counts = counts[:-1]
-    code = {"size": [height, width], "counts": counts.tolist()}
-    code = coco_mask.frPyObjects(code, height, width)
-    return {"size": [height, width], "counts": code["counts"].decode("ascii")}
+RESULTS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # kind -> its field
 
 
 def score(model, dataset, truth, results, out, per_class, workers):
-    """Write the files of results and compute the metrics, as `evaluate` returns them.
-
-    truth: the data set's `coco_gt()`; results: {image id: results} of all images.
-    """
-    if any(image_id not in results for image_id in dataset.image_ids):
-        raise UserError("The processes see different data sets; give all of them the same data.")
-    # In the data set's order: the files do not depend on the number of processes.
-    results = [result for image_id in dataset.image_ids for result in results[image_id]]
+    """Write the files of results and compute the metrics, as `evaluate` returns them."""
+    metrics = {}
     used = {"bbox": True, "segm": model.config.masks, "keypoints": model.config.keypoints}
-    by_kind = {}
-    for kind in [kind for kind in used if used[kind]]:
-        dropped = set(RESULT_FIELDS.values()) - {RESULT_FIELDS[kind]}
-        by_kind[kind] = [{k: v for k, v in one.items() if k not in dropped} for one in results]
+    for kind in [kind for kind in RESULTS if used[kind]]:
+        others = set(RESULTS.values()) - {RESULTS[kind]}
+        chosen = [{k: v for k, v in result.items() if k not in others} for result in results]
         if out is not None:
             with write_whole(Path(out, f"results_{kind}.json")) as file:
-                file.write(json.dumps(by_kind[kind]).encode())
+                file.write(json.dumps(chosen).encode())
+        if dataset.metric == "coco":
+            # One process for each core, where there are thousands of results.
+            processes = min(len(results) // 5000, os.cpu_count()) if workers else 0
+            metrics[kind] = coco_metrics(truth, chosen, kind, dataset, processes)
     if dataset.metric == "voc":
-        return {"voc": voc_metrics(truth, results, dataset, per_class)}
-    # One process for each core, where there are thousands of results.
-    processes = min(len(results) // 5000, os.cpu_count()) if workers else 0
-    return {
-        kind: coco_metrics(truth, found, kind, dataset, per_class, processes)
-        for kind, found in by_kind.items()
-    }
-
-
-def coco_metrics(truth, results, kind, dataset, per_class=False, workers=0):
-    """COCO's average precisions, computed by pycocotools, in percent by name.
-
-    truth: a pycocotools COCO object; results: list of dicts in COCO's submission format; kind:
-    "bbox", "segm" or "keypoints"; workers: processes, each for some of the classes. The value is
-    None where no object is of that size. With per_class also {"per_class": {class: AP}}.
-    """
-    found = by_category(results, dataset)
-    score_class = functools.partial(class_scores, truth, kind, list(dataset.image_ids))
-    parts = list(map_in_workers(score_class, list(found.items()), workers))
-    # precision: [IoU thresholds, recalls, classes, areas (the first: all), most detections]
-    precision, recall = (torch.cat(arrays, dim=-3).numpy() for arrays in zip(*parts))
-    summary = COCOeval(iouType=kind)
-    summary.eval = {"precision": precision, "recall": recall}
-    with contextlib.redirect_stdout(io.StringIO()):
-        summary.summarize()
-    metrics = {name: percent([value]) for name, value in zip(COCO_METRICS[kind], summary.stats)}
-    if per_class:
-        values = [percent(precision[:, :, k, 0, -1]) for k in range(len(found))]
-        metrics["per_class"] = dict(zip(class_keys(dataset), values))
+        metrics["voc"] = voc_metrics(truth, results, dataset)
+    for values in metrics.values():
+        if not per_class:
+            del values["per_class"]
     return metrics
 
 
-def class_scores(truth, kind, image_ids, item):
-    """COCOeval's precision [T, R, 1, A, M] and recall [T, 1, A, M] of one class.
+def coco_metrics(truth, results, kind, dataset, workers=0):
+    """COCO's average precisions, with pycocotools: {"AP": percent, ..., "per_class": {class: AP}}.
+
+    truth: a pycocotools COCO object; results: list of dicts in COCO's submission format; kind:
+    "bbox", "segm" or "keypoints"; workers: processes that share the classes. None: no such object.
+    """
+    found = by_category(results, dataset)
+    precision_of = functools.partial(class_precision, truth, kind, list(dataset.image_ids))
+    classes = list(map_in_workers(precision_of, list(found.items()), workers))
+    precision = torch.stack(classes, dim=2).numpy()  # [IoU thresholds, recalls, classes, areas]
+    metrics = {
+        "AP": percent(precision[..., 0]),
+        "AP50": percent(precision[0, ..., 0]),
+        "AP75": percent(precision[5, ..., 0]),
+    }
+    for area, letter in enumerate("ml" if kind == "keypoints" else "sml", start=1):
+        metrics[f"AP{letter}"] = percent(precision[..., area])
+    values = [percent(precision[:, :, k, 0]) for k in range(len(found))]
+    return metrics | {"per_class": dict(zip(dataset.classes, values))}
+
+
+def class_precision(truth, kind, image_ids, item):
+    """COCOeval's precision of one class: [IoU thresholds, recalls, areas (the first: all)].
 
     item: (category id, its results). COCOeval treats each class as if there were no other.
     """
@@ -527,7 +457,7 @@ def class_scores(truth, kind, image_ids, item):
         scorer.params.catIds = [category_id]
         scorer.evaluate()
         scorer.accumulate()
-    return torch.from_numpy(scorer.eval["precision"]), torch.from_numpy(scorer.eval["recall"])
+    return torch.from_numpy(scorer.eval["precision"][:, :, 0, :, -1])  # -1: with 100 detections
 
 
 def by_category(objects, dataset):
@@ -545,52 +475,41 @@ def percent(values):
     return 100 * float(values.mean()) if values.size else None
 
 
-def class_keys(dataset):
-    """The names of the classes, with the id where two classes have one name."""
-    count = collections.Counter(dataset.classes)
-    pairs = zip(dataset.classes, dataset.category_ids)
-    return [f"{name} (id {number})" if count[name] > 1 else name for name, number in pairs]
-
-
-def voc_metrics(truth, results, dataset, per_class=False):
-    """{"mAP50": mean over the classes of `voc_average_precision`, in percent}."""
-    found = by_category(results, dataset)
-    objects = by_category(truth.dataset["annotations"], dataset)
+def voc_metrics(truth, results, dataset):
+    """{"mAP50": mean of `voc_average_precision` over the classes, "per_class": {class: AP50}}."""
+    found, objects = (by_category(x, dataset) for x in (results, truth.dataset["annotations"]))
     values = [voc_average_precision(found[k], objects[k]) for k in dataset.category_ids]
-    metrics = {"mAP50": percent(values)}
-    if per_class:
-        metrics["per_class"] = dict(zip(class_keys(dataset), [percent([v]) for v in values]))
-    return metrics
+    per_class = dict(zip(dataset.classes, [percent([value]) for value in values]))
+    return {"mAP50": percent(values), "per_class": per_class}
 
 
-def voc_average_precision(results, objects, min_iou=0.5):
+def voc_average_precision(results, objects):
     """PASCAL VOC's average precision of one class in [0, 1]; -1 if no object counts.
 
     results and objects (annotations with `difficult`) of the class, in COCO's format. The rule (VOC
     development kit, 2010): by falling score, each detection looks at the object of its image that
-    it overlaps most. IoU below 0.5: false positive. A difficult object: counts for nothing. One
-    found before: false positive. Otherwise: true positive. AP is the whole area under precision
-    over recall, where COCO reads it at 101 recalls.
+    it overlaps most. IoU below 0.5: wrong. A difficult object: counts for nothing. One found
+    before: wrong. Otherwise: right. AP is the whole area, where COCO reads it at 101 recalls.
     """
     total = sum(not o["difficult"] for o in objects)
     if total == 0:
         return -1
-    in_image = collections.defaultdict(list)
+    in_image = defaultdict(list)
     for o in objects:
         in_image[o["image_id"]].append(o)
     taken = set()
-    hits = []
+    right = []
     for result in sorted(results, key=lambda result: -result["score"]):
         candidates = in_image[result["image_id"]]
         overlaps = ops.box_iou(xyxy([result]), xyxy(candidates))[0].tolist()
         overlap, best = max(zip(overlaps, candidates), key=lambda pair: pair[0], default=(0, None))
-        if overlap < min_iou:
-            hits.append(False)
+        if overlap < 0.5:
+            right.append(False)
         elif not best["difficult"]:
-            hits.append(best["id"] not in taken)
+            right.append(best["id"] not in taken)
             taken.add(best["id"])
-    recall = np.cumsum(hits) / total
-    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    recall = np.cumsum(right) / total
+    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
     best_precision = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(recall, prepend=0) * best_precision))
 
@@ -603,13 +522,11 @@ def xyxy(objects):
 
 def format_table(metrics):
     """The result of `evaluate` as a table of text: a row for bbox, segm, ...; "-" for None."""
-    rows = {
-        kind: {k: v for k, v in row.items() if k != "per_class"} for kind, row in metrics.items()
-    }
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    widest = max(map(len, rows))
+    columns = dict.fromkeys(name for row in metrics.values() for name in row)
+    columns = [name for name in columns if name != "per_class"]
+    widest = max(map(len, metrics))
     lines = [" " * widest + "".join(f"{column:>11}" for column in columns)]
-    for name, row in rows.items():
+    for name, row in metrics.items():
         cells = ["-" if row.get(column) is None else f"{row[column]:.1f}" for column in columns]
         lines.append(f"{name:{widest}}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
@@ -617,11 +534,10 @@ def format_table(metrics):
 
 def format_classes(metrics):
     """AP of each class as such a table; for metrics from `evaluate(..., per_class=True)`."""
-    rows = collections.defaultdict(dict)
-    for kind, values in metrics.items():
-        for name, value in values["per_class"].items():
-            rows[name][kind] = value
-    return format_table(rows)
+    (names, *_) = (values["per_class"] for values in metrics.values())
+    return format_table(
+        {name: {kind: row["per_class"][name] for kind, row in metrics.items()} for name in names}
+    )
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -637,9 +553,9 @@ PICTURE_SIDES = 480, 1600  # longer side, at least and at most: names that fit, 
 def draw(image, detections, classes=None, score=0.5):
     """A picture of an image with its detections: masks, boxes, names with scores, keypoints.
 
-    image: [3, H, W] uint8, or float in [0, 1]; detections: as from `predict`, or masks as the model
-    gives them; classes: names of labels 1..K; score: detections below are left out. Returns uint8
-    [3, H', W'], enlarged or shrunk so that the longer side is within PICTURE_SIDES.
+    image: [3, H, W] uint8, or float in [0, 1]; detections: as from `predict` or `detect`; classes:
+    names of labels 1..K; score: detections below are left out. Returns uint8 [3, H', W'], enlarged
+    or shrunk so that the longer side is within PICTURE_SIDES.
     """
     if image.is_floating_point():
         image = (image * 255).round().to(torch.uint8)
@@ -650,13 +566,14 @@ def draw(image, detections, classes=None, score=0.5):
     shown = {name: value[detections["scores"] >= score].cpu() for name, value in detections.items()}
     boxes = data.resize_boxes(shown["boxes"], size, (height, width), flip=False)
     colors = [COLORS[i % len(COLORS)] for i in range(len(boxes))]
-    if len(boxes) == 0:
+    if not colors:
         return picture
     if "masks" in shown:
-        if shown["masks"].is_floating_point():
-            masks = paste_masks(shown["masks"], boxes, height, width)
-        else:
-            masks = F.interpolate(shown["masks"][None].byte(), (height, width))[0].bool()
+        masks = shown["masks"]
+        if masks.is_floating_point():
+            masks = paste_masks(masks, boxes, height, width)
+        elif masks.shape[1:] != (height, width):
+            masks = torch.nn.functional.interpolate(masks[None].byte(), (height, width))[0].bool()
         picture = drawing.draw_segmentation_masks(picture, masks, 0.4, colors)
     for points, color in zip(shown.get("keypoints", []), colors):
         points = points[None, :, :2] * torch.tensor([width / size[1], height / size[0]])
@@ -665,7 +582,7 @@ def draw(image, detections, classes=None, score=0.5):
 
     canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(12, max(height, width) // 50))
+    font = ImageFont.load_default(max(14, max(height, width) // 50))
     for i in reversed(range(len(boxes))):  # the best last, so that no other covers its name
         name = f"{class_name(shown['labels'][i], classes)} {100 * shown['scores'][i]:.0f}%"
         x1, y1, _, y2 = boxes[i].tolist()
@@ -679,50 +596,39 @@ def draw(image, detections, classes=None, score=0.5):
 
 
 def class_name(label, classes):
-    """Name of a label 1..K; classes may be None, where a file of weights does not know them."""
-    return classes[label - 1] if classes else f"class {label}"
+    return classes[label - 1] if classes else f"class {label}"  # None: the weights do not know them
 
 
-def save_picture(model, image, path, score=0.5, tta=False):
-    """Detect objects in an image [3, H, W], write the picture of `draw`, return the detections.
+def draw_files(model, paths, out, score=0.5, tta=False):
+    """Draw the detections in image files into OUT/NAME_detections.png.
 
-    Their masks stay probabilities in the box: pasted into a huge image, they would take gigabytes.
+    Yields (path, path of the picture, detections as from `detect`) of each file. A picture is an
+    extra: where one fails, a line on stderr says so, and the next one follows.
     """
-    with evaluation_mode(model):
-        detections = detect(model, image, tuple(image.shape[1:]), tta=tta)
-    picture = draw(image, detections, model.data_settings.get("classes"), score)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-    return detections
-
-
-def save_pictures(model, dataset, out, count=8, score=0.5):
-    """Pictures of the first images of a data set, named after their files; returns their paths.
-
-    Pictures are an extra: where one fails, a line on stderr says so, and the next one follows.
-    """
-    images = copy.copy(dataset)
-    images.masks = images.keypoints = False
-    paths = []
-    taken = set()
-    for i in range(min(count, len(dataset))):
+    taken = {Path(path).resolve() for path in paths}  # a picture must not replace an image
+    for path in paths:
+        picture = Path(out, f"{Path(path).stem}_detections.png")
+        while picture.resolve() in taken:
+            picture = picture.with_name(f"{picture.stem}_.png")
+        taken.add(picture.resolve())
         try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            path = picture_path(out, dataset.record(i)["file_name"], taken)
-            save_picture(model, images[i][0], path, score)
-            paths.append(path)
+            image = data.read_image(path)
+            with evaluation_mode(model):  # masks stay small: a huge image's would take gigabytes
+                found = detect(model, image, tuple(image.shape[1:]), tta=tta)
+            pixels = draw(image, found, model.data_settings["classes"], score).permute(1, 2, 0)
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(picture)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            print(f"No picture of image {dataset.image_ids[i]}: {reason}", file=sys.stderr)
-    return paths
+            print(f"No picture of {path}: {data.first_line(error)}", file=sys.stderr)
+        else:
+            yield path, picture, found
 
 
-def picture_path(out, image_path, taken):
-    """OUT/NAME_detections.png for an image NAME.jpg; not one of the set `taken`."""
-    picture = Path(out, f"{Path(image_path).stem}_detections.png")
-    while picture.resolve() in taken:
-        picture = picture.with_name(f"{picture.stem}_.png")
-    taken.add(picture.resolve())
-    return picture
+def save_pictures(model, dataset, out, count=8):
+    """Pictures of the first images of a data set in the folder `out`; returns their paths."""
+    names = [dataset.record(i)["file_name"] for i in range(min(count, len(dataset)))]
+    paths = [data.image_path(dataset.image_dir, name) for name in names]
+    return [picture for _, picture, _ in draw_files(model, paths, out)]
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -735,66 +641,53 @@ def main(arguments=None):
 
 def run(arguments):
     """Do what the command line says."""
-    args = parse_arguments(arguments)
+    args = make_parser().parse_args(arguments)
+    if args.workers < 0 or not 0 <= args.score <= 1:
+        raise UserError("--workers must be 0 or more, and --score between 0 and 1.", code=2)
+    if "" in (args.weights, args.data, args.export, args.out, *(args.images or [])):
+        raise UserError("A path of the command line is empty.", code=2)
     if args.export:
         export(args.weights, args.export)
         return
     rank, _, device = start_processes(args.device)
     model = load_model(args.weights).to(device)
+    if args.tta:
+        refuse_keypoints(model)
     if args.data:
         evaluate_data(args, model, rank)
     elif rank == 0:
-        detect_in_images(args, model)
-
-
-def parse_arguments(arguments):
-    """The command line as `make_parser` has it, with numbers in their ranges."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if not 0 <= args.score <= 1:
-        parser.error("--score must be between 0 and 1")
-    if args.workers < 0:
-        parser.error("--workers must not be negative")
-    return args
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            detect_in_images(args, model)
 
 
 def make_parser():
     """The command line of this file."""
-    parser = argparse.ArgumentParser(
-        description="Test Mask R-CNN; under torchrun, --data is shared."
-    )
+    about = "Evaluate Mask R-CNN. Under torchrun, the processes share the images of --data."
+    parser = argparse.ArgumentParser("evaluate.py", description=about)
     one_of = parser.add_mutually_exclusive_group(required=True).add_argument
-    one_of("--data", metavar="DIR", type=path, help="a data set: COCO's layout or VOC's devkit")
-    one_of("--images", metavar="PATH", type=path, nargs="+", help="images, or folders of images")
-    one_of("--export", metavar="FILE", type=path, help="a new file, without the optimizer's state")
+    one_of("--data", metavar="DIR", help="metrics on a data set in COCO's layout or VOC's")
+    one_of("--images", metavar="PATH", nargs="+", help="detections in images, or folders of them")
+    one_of("--export", metavar="FILE", help="copy the weights alone into a new file")
     add = parser.add_argument
-    add("--weights", metavar="FILE", type=path, required=True, help="a checkpoint of train.py")
-    add("--out", metavar="DIR", type=path, help="folder for the results or pictures")
-    add("--split", default="val2017", help="--data: which part of it (val2017)")
+    add("--weights", metavar="FILE", required=True, help="a checkpoint of train.py")
+    add("--out", metavar="DIR", help="folder for --data's results, or --images' pictures (.)")
+    add("--split", default="val2017", help="which part of --data (val2017)")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, about 40x the time")
-    add("--amp", action="store_true", help="bfloat16: faster on GPUs, slightly other numbers")
-    add("--per-class", action="store_true", help="--data: AP of each class, too")
-    add("--score", type=float, default=0.5, help="--images: show detections from here on (0.5)")
-    add("--workers", type=int, default=2, help="--data: image-decoding processes per GPU (2)")
+    add("--amp", action="store_true", help="bfloat16: faster on a GPU, slightly other numbers")
+    add("--per-class", action="store_true", help="AP of each class of --data, too")
+    add("--score", type=float, default=0.5, help="show detections in --images from here on (0.5)")
+    add("--workers", type=int, default=2, help="processes for --data that decode images (2)")
     add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
     return parser
 
 
-def path(text):
-    """For argparse: text that is not empty, as an unset variable of a shell would be."""
-    if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty")
-    return text
-
-
 def evaluate_data(args, model, rank):
     """`--data`: evaluate on a data set and print the tables on rank 0."""
-    keypoints = bool(model.config.keypoints)
-    dataset = data.open_split(args.data, args.split, masks=model.config.masks, keypoints=keypoints)
+    masks, keypoints = model.config.masks, bool(model.config.keypoints)
+    dataset = data.open_split(args.data, args.split, masks=masks, keypoints=keypoints)
     with lock_folder(args.out) if args.out and rank == 0 else contextlib.nullcontext():
-        metrics = evaluate(
-            model, dataset, args.out, args.tta, args.workers, args.per_class, args.amp
-        )
+        settings = {"tta": args.tta, "workers": args.workers, "amp": args.amp}
+        metrics = evaluate(model, dataset, args.out, per_class=args.per_class, **settings)
     if rank == 0:
         if args.per_class:
             print(format_classes(metrics) + "\n")
@@ -804,53 +697,32 @@ def evaluate_data(args, model, rank):
 
 
 def detect_in_images(args, model):
-    """`--images`: a table of detections for each image and its picture in the folder --out."""
-    out = Path(args.out or ".")
-    out.mkdir(parents=True, exist_ok=True)
-    images = find_images(args.images)
-    taken = {image.resolve() for image in images}  # a picture must not replace an image
-    unreadable = 0
-    for image_path in images:
-        try:
-            image = data.read_image(image_path)
-        except UserError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        picture = picture_path(out, image_path, taken)
-        with torch.autocast(device_of(model).type, torch.bfloat16, enabled=args.amp):
-            detections = save_picture(model, image, picture, args.score, args.tta)
-        print(f"{image_path} -> {picture}")
-        print(format_detections(detections, model.data_settings.get("classes"), args.score))
-    if unreadable:
-        raise UserError(f"{unreadable} of {len(images)} images could not be read, see above.")
+    """`--images`: a table of detections for each image, and its picture in the folder --out."""
+    paths = find_images(args.images)
+    drawn = 0
+    for path, picture, found in draw_files(model, paths, args.out or ".", args.score, args.tta):
+        drawn += 1
+        print(f"{path} -> {picture}")
+        for label, score, box in zip(found["labels"], found["scores"], found["boxes"].tolist()):
+            if score >= args.score:
+                name = class_name(label, model.data_settings["classes"])
+                print(f"  {name:20}{score:6.2f}" + "".join(f"{corner:9.1f}" for corner in box))
+    if drawn < len(paths):
+        raise UserError(f"{len(paths) - drawn} of {len(paths)} images failed, see above.")
 
 
 def find_images(paths):
-    """The image files among paths; for a folder, those in it by name, without earlier pictures."""
-    formats = Image.registered_extensions().items()
-    suffixes = {suffix for suffix, name in formats if name in data.IMAGE_FORMATS}
+    """The image files of paths and folders, without those that `draw_files` made."""
+    formats = Image.registered_extensions()
     found = []
-    for given in map(Path, paths):
-        if not given.is_dir():
-            found.append(given)
-            continue
-        inside = sorted(p for p in given.iterdir() if p.suffix.lower() in suffixes)
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        inside = [p for p in inside if formats.get(p.suffix.lower()) in data.IMAGE_FORMATS]
         inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
-        if not inside:
-            raise UserError(f"There is no image in the folder {given}.")
-        found += inside
+        if path.is_dir() and not inside:
+            raise UserError(f"There is no image in the folder {path}.")
+        found += inside or [path]
     return found
-
-
-def format_detections(detections, classes, score):
-    """Detections with at least this score as a table of text, the best first."""
-    lines = [f"  {'class':20}{'score':>6}      x1      y1      x2      y2"]
-    for label, value, box in zip(*(detections[k].tolist() for k in ("labels", "scores", "boxes"))):
-        if value >= score:
-            corners = "".join(f"{corner:8.1f}" for corner in box)
-            lines.append(f"  {class_name(label, classes):20}{value:6.2f}{corners}")
-    return "\n".join(lines) if lines[1:] else f"  nothing with a score of at least {score}"
 
 
 def export(weights, output):
@@ -864,63 +736,50 @@ def export(weights, output):
     print(output)
 
 
-# ---- Plumbing, shared with train.py and the tools: processes, lock, errors, memory ----
+# ---- Plumbing, shared with train.py and the tools: processes, lock, errors, memory ---------------
 
 
 def start_processes(device_name=None):
     """(rank, world_size, device) of this process; joins those that torchrun started with it.
 
-    device_name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one. Raises UserError.
+    device_name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one. Raises UserError for a
+    device that is not there, and for variables that something else left in the environment: with
+    them, this process would wait for others, or take itself for one that writes nothing.
     """
-    rank, local_rank, world_size = read_ranks()
-    device_name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device_name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):  # Apple's mps lacks NMS and RoIAlign in float64
-        raise UserError(f"The device {device_name} is not supported; use cuda or cpu.", code=2)
-    if device.type == "cuda":
-        index = local_rank if world_size > 1 else device.index or 0
-        if index >= torch.cuda.device_count():
-            raise UserError(f"There is no CUDA device {index} here; use --device cpu.", code=2)
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    else:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    said = {name: os.environ[name] for name in names if name in os.environ}
+    ranks = [int(value) for value in said.values() if value.isdecimal()] if said else [0, 0, 1]
+    fit = len(ranks) == 3 and ranks[1] <= ranks[0] < ranks[2]
+    if not fit or (ranks[2] > 1 and "MASTER_ADDR" not in os.environ):
+        raise UserError(
+            f"The environment variables {said} are not what torchrun sets ({', '.join(names)}, "
+            "MASTER_ADDR): unset them, or start the processes with torchrun.",
+            code=2,
+        )
+    rank, local_rank, world_size = ranks
+
+    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):  # Apple's mps lacks float64
+        raise UserError(f"The device {name} is not supported; use cuda or cpu.", code=2)
+    if not name.startswith("cuda"):
+        device = torch.device("cpu")
         keep_freed_memory()
+    else:
+        index = str(local_rank) if world_size > 1 else name.partition(":")[2] or "0"
+        if index not in map(str, range(torch.cuda.device_count())):
+            raise UserError(f"There is no CUDA device {index} here; use --device cpu.", code=2)
+        device = torch.device("cuda", int(index))
+        torch.cuda.set_device(device)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Others wait while rank 0 computes the metrics: for a large data set, long.
+        # The others wait while rank 0 computes the metrics: for a large data set, long.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return rank, world_size, device
 
 
-def read_ranks():
-    """(rank, local rank, world size) as torchrun sets them in the environment; alone: (0, 0, 1).
-
-    With a variable that something else left there, this process would wait for others, or be one
-    that writes nothing: UserError.
-    """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    said = {name: os.environ[name] for name in names if name in os.environ}
-    if not said:
-        return 0, 0, 1
-    numbers = [int(value) for value in said.values() if value.isdecimal()]
-    if len(numbers) == 3:
-        rank, local_rank, world_size = numbers
-        if local_rank <= rank < world_size and (world_size == 1 or "MASTER_ADDR" in os.environ):
-            return rank, local_rank, world_size
-    said = ", ".join(f"{name}={value}" for name, value in said.items())
-    raise UserError(
-        f"The environment variables {said} do not fit together (RANK, LOCAL_RANK, WORLD_SIZE and "
-        "MASTER_ADDR do, as torchrun sets them); unset them, or start with torchrun.",
-        code=2,
-    )
-
-
 @contextlib.contextmanager
 def lock_folder(out):
-    """Make the folder `out` and keep other runs and evaluations out of it, as long as the `with`.
+    """Make the folder `out` and keep other runs and evaluations out of it inside the `with`.
 
     The lock on OUT/.lock belongs to this process: the system frees it when the process ends, in
     whatever way, and loading processes do not inherit it (as they would that of `flock`). Raises
@@ -933,11 +792,8 @@ def lock_folder(out):
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"Another run or evaluation is writing into {out}; wait for its end, or give "
-                "another --out.",
-                code=2,
-            ) from None
+            problem = f"Another run or evaluation writes into {out}; wait, or give another --out."
+            raise UserError(problem, code=2) from None
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
         yield
@@ -959,7 +815,7 @@ def run_command(name, function, arguments=None):
             dist.destroy_process_group()
         return code
     except (UserError, WeightsError, ImportError) as error:
-        message, code = error, getattr(error, "code", 1)
+        message, code = str(error), getattr(error, "code", 1)
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
@@ -968,15 +824,15 @@ def run_command(name, function, arguments=None):
     except OSError as error:  # a full disk, a folder that may not be written to
         file = error.filename or "a file"
         message, code = f"{file} cannot be read or written ({error.strerror or error})", 1
-    print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def keep_freed_memory():
-    """Have glibc keep what was freed for the next step, instead of giving it back to the system.
+    """Have glibc, where there is one, keep what was freed for the next step.
 
     A step on the CPU takes and frees the same gigabytes as the one before; getting them from the
-    kernel, which clears every page, was a third of its time. Where there is no glibc, nothing.
+    kernel, which clears every page, was a third of its time.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):

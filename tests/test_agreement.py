@@ -252,7 +252,7 @@ def test_detections(golden, i):
     # Masks, in the pixels of the given image and of another size.
     h, w = image.shape[-2:]
     size = [round(side * OUTPUT_SCALE) for side in (h, w)]
-    final = evaluate.to_image(ours, evaluate.View(h, w), *size)
+    final = evaluate.to_image(ours, (h, w), size)
     kept = partners(final["boxes"], final["labels"], theirs["final_boxes"], theirs["labels"])
     assert (kept < 0).mean() <= 0.01
     if "masks" in theirs:

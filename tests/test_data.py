@@ -1,4 +1,4 @@
-"""data.py: geometry, reading, bad input, sampler, loader, generated data, real COCO images."""
+"""data.py: geometry, reading, bad input, sampler, loader, worker processes, real COCO images."""
 
 import copy
 import io
@@ -6,6 +6,11 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
 import types
 import zlib
 from multiprocessing.reduction import ForkingPickler
@@ -18,7 +23,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data
-from data import CocoDataset, DataError, TrainingSet
+from data import CocoDataset, TrainingSet, UserError
+from tools.toy_coco import make_toy_coco
 
 SPLITS = ("train", "val")
 
@@ -27,7 +33,7 @@ SPLITS = ("train", "val")
 def toy(tmp_path_factory):
     """The root of a tiny generated data set: 24 + 8 images."""
     root = tmp_path_factory.mktemp("data") / "toy"
-    data.make_toy_coco(root, train_images=24, val_images=8)
+    make_toy_coco(root, train_images=24, val_images=8)
     return root
 
 
@@ -41,6 +47,14 @@ def coco_mini():
     if "COCO_DIR" not in os.environ:
         pytest.skip("COCO_DIR is not set: no real COCO images to test with")
     return Path(os.environ["COCO_DIR"])
+
+
+def check_sentence(caught, *named):
+    """An error for users is one sentence that names the file, the id, the field."""
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and "Traceback" not in text, text
+    assert all(name in text for name in named), (text, named)
+    assert caught.value.code == 1
 
 
 def write_coco(folder, width=60, height=40, **changes):
@@ -66,9 +80,7 @@ def write_coco(folder, width=60, height=40, **changes):
     return folder, folder / "coco.json"
 
 
-# ------------------------------------------------------------------------------------------------
-# Transforms
-# ------------------------------------------------------------------------------------------------
+# ---- Transforms
 
 
 def test_resize_shape_is_detectron2s():
@@ -182,9 +194,7 @@ def test_masks_of_generated_images_are_pycocotools(toy):
     assert check_masks(open_split(toy)) == {"polygons", str}
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading images
-# ------------------------------------------------------------------------------------------------
+# ---- Reading images
 
 
 def picture(mode):
@@ -232,15 +242,16 @@ def test_annotated_size_decides_on_the_exif_orientation(tmp_path):
     image = Image.new("RGB", (30, 20))
     image.paste((255, 255, 255), (0, 0, 30, 8))  # the upper part is white ...
     exif = Image.Exif()
-    exif[data.EXIF_ORIENTATION] = 6  # ... and shown at the right
+    exif[0x0112] = 6  # ... and shown at the right
     image.save(path, exif=exif, quality=95)
     for stated in ((30, 20), (20, 30), (None, None)):
         read = data.read_image(path, *stated)
         assert read.shape[1:] == ((20, 30) if stated == (30, 20) else (30, 20))
         assert (read[0, 0] > 127).all() == (stated == (30, 20))
         assert (read[0, :, -1] > 127).all() == (stated != (30, 20))
-    with pytest.raises(DataError, match="30x20 pixels but annotated as 40x30"):
+    with pytest.raises(UserError) as caught:
         data.read_image(path, 40, 30, image_id=1)
+    check_sentence(caught, str(path), "image 1", "(30, 20)", "(40, 30)")
 
 
 def make_bad_image(folder, kind):
@@ -251,7 +262,7 @@ def make_bad_image(folder, kind):
         stream = io.BytesIO()
         Image.fromarray(noise).save(stream, "PNG")
         path.write_bytes(stream.getvalue()[:-3000])
-    elif kind == "no image":
+    elif kind == "noimage":
         path.write_text("hello")
     elif kind == "bomb":  # a header that promises 10,000 x 10,000 pixels, of which PIL only warns
         stream = io.BytesIO()
@@ -279,38 +290,22 @@ def make_bad_image(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, message",
-    [
-        ("truncated", "truncated"),
-        ("no image", "cannot be read"),
-        ("bomb", "pixels"),
-        ("postscript", "cannot identify"),
-        ("missing", "does not exist"),
-        ("link", "leads out of"),
-        ("dots", "leads out of"),
-        ("absolute", "leads out of"),
-        ("null", "leads out of"),
-    ],
+    "kind",
+    "truncated noimage bomb postscript missing link dots absolute null".split(),
 )
-def test_bad_image_files(tmp_path, kind, message):
+def test_bad_image_files(tmp_path, kind):
     write_coco(tmp_path)
     name = make_bad_image(tmp_path, kind)
-    (tmp_path / "coco.json").write_text(
-        json.dumps(
-            {"images": [{"id": 7, "file_name": name, "width": 60, "height": 40}], "categories": []}
-        )
-    )
-    dataset = CocoDataset(tmp_path, tmp_path / "coco.json")
-    with pytest.raises(DataError, match=message) as caught:
-        dataset[0]
-    text = str(caught.value)
-    assert "7" in text and "\n" not in text and text.endswith(".")
-    assert str(tmp_path) in text
+    image = {"id": 7, "file_name": name, "width": 60, "height": 40}
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [image], "categories": []}))
+    with pytest.raises(UserError) as caught:
+        CocoDataset(tmp_path, tmp_path / "coco.json")[0]
+    check_sentence(caught, str(tmp_path), "mage 7")
+    reason = {"bomb": "pixels", "link": "leads out of", "dots": "leads out of", "null": "file_name"}
+    assert reason.get(kind, "") in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------
-# COCO
-# ------------------------------------------------------------------------------------------------
+# ---- COCO
 
 
 def changed(path, value):
@@ -333,63 +328,124 @@ RLE = {"size": [40, 60], "counts": [100, 300, 2000]}
 
 
 @pytest.mark.parametrize(
-    "path, value, message",
+    "path, value, named",
     [
-        (("images",), DELETE, "not a COCO annotation file"),
-        (("categories",), DELETE, "not a COCO annotation file"),
-        (("images",), {}, "list"),
-        (("images", 0), [], "without an integer id"),
-        (("images", 0, "id"), "7", "without an integer id"),
-        (("images", 0, "file_name"), DELETE, "image 7.*file_name"),
-        (("images", 0, "width"), 0, "image 7.*width"),
-        (("images", 0, "height"), 40.5, "image 7.*height"),
-        (("images", 0, "width"), 61, "60x40 pixels but annotated as 61x40"),
+        (("images",), DELETE, "images"),
+        (("categories",), DELETE, "categories"),
+        (("images",), {}, "images"),
+        (("images", 0), [], "id"),
+        (("images", 0, "id"), "7", "id"),
+        (("images", 0, "id"), 2**63, "image 9223372036854775808 id"),
+        (("images", 0, "file_name"), DELETE, "image 7 file_name"),
+        (("images", 0, "file_name"), "\ud800.png", "image 7 file_name"),
+        (("images", 0, "width"), 0, "image 7 width"),
+        (("images", 0, "width"), 10**6, "image 7 width"),
+        (("images", 0, "height"), 40.5, "image 7 height"),
+        (("images", 0, "width"), 61, "image 7 (60, 40) (61, 40)"),
         (("images",), [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}] * 2, "twice"),
-        (("annotations",), DELETE, "no image to train on"),
-        ((*OBJECT, "id"), DELETE, "without an integer id"),
-        ((*OBJECT, "image_id"), 8, "annotation 5 of image 8 belongs to no image"),
-        ((*OBJECT, "image_id"), [7], "belongs to no image"),
-        ((*OBJECT, "category_id"), 99, "annotation 5 of image 7 has category 99"),
-        ((*OBJECT, "category_id"), DELETE, "has category None"),
-        ((*OBJECT, "bbox"), DELETE, "bbox"),
-        ((*OBJECT, "bbox"), [1, 2, 3], "bbox"),
-        ((*OBJECT, "bbox"), [1, 2, 3, float("nan")], "bbox"),
-        ((*OBJECT, "bbox"), [1, 2, 3, "4"], "bbox"),
-        ((*OBJECT, "iscrowd"), 2, "iscrowd"),
-        ((*OBJECT, "segmentation"), DELETE, "segmentation"),
-        ((*OBJECT, "segmentation"), "x", "neither polygons nor an RLE"),
-        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], "malformed polygon"),
-        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, None]], "malformed polygon"),
-        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 1e300]], "malformed polygon"),
-        ((*OBJECT, "segmentation"), [1, 2, 3, 4, 5, 6], "malformed polygon"),
-        ((*OBJECT, "segmentation"), {**RLE, "size": [60, 40]}, r"size \[40, 60\]"),
-        ((*OBJECT, "segmentation"), {**RLE, "counts": [100, 300, 2001]}, "counts"),
-        ((*OBJECT, "segmentation"), {**RLE, "counts": [100, -300, 2600]}, "counts"),
-        ((*OBJECT, "segmentation"), {**RLE, "counts": "oooooo"}, "counts"),
-        ((*OBJECT, "segmentation"), {**RLE, "counts": "é"}, "counts"),
-        ((*OBJECT, "segmentation"), {**RLE, "counts": None}, "counts"),
+        (("categories", 0, "name"), "\ud800", "category 3 name"),
+        (("categories",), [{"id": 3, "name": "dog"}, {"id": 4, "name": "dog"}], "category 4 dog"),
+        (("annotations",), DELETE, "no image"),
+        ((*OBJECT, "id"), DELETE, "annotation image 7 id"),
+        ((*OBJECT, "image_id"), 8, "annotation 5 of image 8"),
+        ((*OBJECT, "image_id"), [7], "annotation 5 image_id"),
+        ((*OBJECT, "category_id"), 99, "annotation 5 of image 7 category_id 99"),
+        ((*OBJECT, "category_id"), DELETE, "annotation 5 of image 7 category_id"),
+        ((*OBJECT, "bbox"), DELETE, "annotation 5 of image 7 bbox"),
+        ((*OBJECT, "bbox"), [1, 2, 3], "annotation 5 bbox"),
+        ((*OBJECT, "bbox"), [1, 2, 3, float("nan")], "annotation 5 bbox nan"),
+        ((*OBJECT, "bbox"), [1, 2, 3, "4"], "annotation 5 bbox"),
+        ((*OBJECT, "bbox"), [1, 2, 3, 1e300], "annotation 5 bbox"),
+        ((*OBJECT, "iscrowd"), 2, "annotation 5 iscrowd"),
+        ((*OBJECT, "area"), "large", "annotation 5 area"),
+        ((*OBJECT, "segmentation"), "x", "annotation 5 [40, 60]"),
+        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], "annotation 5 polygon"),
+        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, None]], "annotation 5 polygon"),
+        ((*OBJECT, "segmentation"), [[1, 2, 3, 4, 5, 1e300]], "annotation 5 polygon"),
+        ((*OBJECT, "segmentation"), [1, 2, 3, 4, 5, 6], "annotation 5 polygon"),
+        ((*OBJECT, "segmentation"), {**RLE, "size": [60, 40]}, "annotation 5 [40, 60]"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": [100, 300, 2001]}, "annotation 5 counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": [100, -300, 2600]}, "annotation 5 counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": "oooooo"}, "annotation 5 counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": "é"}, "annotation 5 counts"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": None}, "annotation 5 counts"),
+        ((*OBJECT, "segmentation"), DELETE, "masks=False"),
+        ((*OBJECT, "segmentation"), [], "masks=False"),
+        ((*OBJECT, "segmentation"), [[1, 2, 3, 4]], "masks=False"),
+        ((*OBJECT, "segmentation"), {**RLE, "counts": [2400]}, "masks=False"),
     ],
 )
-def test_bad_annotations(tmp_path, path, value, message):
+@pytest.mark.parametrize("training", [True, False])
+def test_bad_annotations(tmp_path, path, value, named, training):
     folder, annotation_file = write_coco(tmp_path)
     content = json.loads(annotation_file.read_text())
     changed(path, value)(content)
     annotation_file.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=message) as caught:
-        CocoDataset(folder, annotation_file, training=True)[0]
-    text = str(caught.value)
-    assert str(folder) in text and "\n" not in text and text.endswith(".")
+    if path == ("annotations",) and not training:
+        assert CocoDataset(folder, annotation_file).num_objects == 0  # as COCO's test splits
+        return
+    with pytest.raises(UserError) as caught:
+        dataset = CocoDataset(folder, annotation_file, training=training)
+        assert "pixels" in named or "(60, 40)" in named  # all else is found when the file is opened
+        dataset[0]
+    check_sentence(caught, str(folder), *named.split())
+
+
+def test_run_lengths_of_compressed_rle_are_pycocotools():
+    rng = np.random.default_rng(0)
+    for size in ((3, 4), (40, 60), (700, 500)):
+        for fill in (0.001, 0.3, 0.999):
+            mask = np.asfortranarray(rng.random(size) < fill, dtype=np.uint8)
+            rle = coco_mask.encode(mask)
+            rle["counts"] = rle["counts"].decode()
+            flat = mask.ravel(order="F")
+            edges = np.flatnonzero(np.diff(flat, prepend=0))
+            expected = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+            assert [n for n in data.run_lengths(rle) if n] == [n for n in expected if n]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000, "null"])
 def test_no_coco_json(tmp_path, text):
     (tmp_path / "coco.json").write_text(text)
-    with pytest.raises(DataError, match="coco.json is not"):
+    with pytest.raises(UserError) as caught:
         CocoDataset(tmp_path, tmp_path / "coco.json")
-    with pytest.raises(DataError, match="cannot be opened"):
-        CocoDataset(tmp_path, tmp_path / "other.json")
-    with pytest.raises(DataError, match="folder .* does not exist"):
-        CocoDataset(tmp_path / "images", tmp_path / "coco.json")
+    check_sentence(caught, str(tmp_path / "coco.json"))
+
+
+def test_other_layouts_are_referred_to_the_converter(tmp_path):
+    for folder in ("train", "valid"):  # Roboflow's export
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "_annotations.coco.json").write_text("{}")
+    voc = tmp_path / "voc"  # VOC's layout without its years
+    (voc / "Annotations").mkdir(parents=True)
+    for root in (tmp_path, voc, ""):
+        with pytest.raises(UserError) as caught:
+            data.open_split(root, "train2017")
+        check_sentence(caught, "instances_train2017.json", "tools/to_coco.py")
+
+
+def test_every_split_is_known_by_its_name(tmp_path):
+    for split in ("train", "my val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        _, annotation_file = write_coco(tmp_path / split)
+        annotation_file.rename(tmp_path / "annotations" / f"instances_{split}.json")
+        assert len(data.open_split(tmp_path, split)) == 1
+    with pytest.raises(UserError) as caught:
+        data.open_split(tmp_path, "train2017")
+    check_sentence(caught, "instances_train2017.json")
+
+
+def test_classes_of_training_and_validation_must_be_the_same(tmp_path):
+    def dataset(*names):
+        categories = [{"id": 3 + k, "name": name} for k, name in enumerate(names)]
+        return CocoDataset(*write_coco(tmp_path, categories=categories))
+
+    data.check_same_classes(dataset("cat", "dog"), dataset("cat", "dog"))
+    for names, named in ((("cat",), "dog"), (("cat", "dig"), "dig"), (("dog", "cat"), "order")):
+        with pytest.raises(UserError) as caught:
+            data.check_same_classes(dataset("cat", "dog"), dataset(*names))
+        check_sentence(caught, str(tmp_path), named)
 
 
 def test_training_leaves_out_what_evaluation_keeps(tmp_path):
@@ -421,6 +477,50 @@ def test_training_leaves_out_what_evaluation_keeps(tmp_path):
     assert evaluation[2][1]["iscrowd"].tolist() == [True, False, False]
     assert evaluation[3][1]["boxes"].shape == (0, 4)
     assert sorted(evaluation.coco_gt().anns) == [1, 2, 3, 4, 5, 6]
+    # Image 9 has no annotation at all; the others have some that are not to be learned.
+    with_empty = CocoDataset(*paths, training=True, masks=False, keep_empty=True)
+    assert with_empty.image_ids == [6, 9] and with_empty.num_dropped == 2
+    assert with_empty[1][1]["boxes"].shape == (0, 4)
+
+
+def test_objects_without_a_mask_are_left_out_of_training_and_counted(tmp_path):
+    square = [[10, 10, 30, 10, 30, 18, 10, 18]]
+    nothing = [[], [[1, 2, 3, 4]], {**RLE, "counts": [2400]}, DELETE]
+    objects = [
+        {"id": k, "image_id": 7, "category_id": 3, "bbox": [10, 10, 20, 8], "segmentation": given}
+        for k, given in enumerate([square, [*square, [1, 2, 3, 4]], *nothing])
+    ]
+    del objects[-1]["segmentation"]
+    paths = write_coco(tmp_path, annotations=objects)
+    training = CocoDataset(*paths, training=True)
+    assert training.num_without_mask == 4 and training.num_objects == 2
+    masks = training[0][1]["masks"]
+    assert len(masks) == 2 and masks[0].sum() == 160 and torch.equal(masks[0], masks[1])
+    evaluation = CocoDataset(*paths)
+    assert evaluation.num_without_mask == 4 and evaluation.num_objects == 6
+    truth = evaluation.coco_gt()
+    # Numbered from 1: COCOeval takes the id 0 for "no match".
+    assert [truth.annToMask(truth.anns[k]).sum() for k in range(1, 7)] == [160, 160, 0, 0, 0, 0]
+    assert CocoDataset(*paths, training=True, masks=False).num_objects == 6
+
+
+def test_large_images_with_many_objects_are_painted_at_the_size_needed(tmp_path):
+    """400 masks of 9000 x 9000 pixels would take 30 GiB."""
+    square = [100, 100, 8100, 100, 8100, 8100, 100, 8100]
+    thing = {"image_id": 7, "category_id": 3, "bbox": [100, 100, 8000, 8000]}
+    objects = [{"id": k, **thing, "segmentation": [square]} for k in range(400)]
+    paths = write_coco(tmp_path, annotations=objects)
+    content = json.loads(paths[1].read_text())
+    content["images"][0] |= {"width": 9000, "height": 9000}
+    paths[1].write_text(json.dumps(content))
+    Image.new("L", (9000, 9000)).save(tmp_path / "a.png")
+    tracemalloc.start()
+    dataset = CocoDataset(*paths)
+    dataset.coco_gt()
+    _, target = dataset.load(0, 90, 90)
+    assert target["masks"].shape == (400, 90, 90)
+    assert tracemalloc.get_traced_memory()[1] < 1e9
+    tracemalloc.stop()
 
 
 def test_keypoint_training_keeps_images_with_a_labelled_keypoint(toy):
@@ -431,13 +531,12 @@ def test_keypoint_training_keeps_images_with_a_labelled_keypoint(toy):
     assert dataset.classes == ["person"] and dataset.keypoints
     _, target = dataset[0]
     assert target["keypoints"].shape == (len(target["boxes"]), 17, 3)
-    with pytest.raises(DataError, match='needs "keypoints"'):
+    with pytest.raises(UserError) as caught:
         open_split(toy, keypoints=True)
+    check_sentence(caught, str(toy), "keypoints")
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampler and loader
-# ------------------------------------------------------------------------------------------------
+# ---- Sampler and loader
 
 
 def take(iterator, count):
@@ -492,9 +591,6 @@ def test_sampler_is_a_function_of_the_iteration_and_ranks_share_the_batch():
     for r in range(3):
         later = data.BatchSampler(dataset, 2, seed=1, rank=r, world_size=3, start_iteration=7)
         assert take(later, 13) == ranks[r][7:]
-    # Resumed at iteration 7 by two processes instead of three, the stream goes on where it was.
-    resumed = data.BatchSampler(dataset, 2, seed=1, world_size=2, start_iteration=7, first_image=42)
-    assert [index for index, _ in next(iter(resumed))] == [index for index, _ in whole[21]]
 
 
 def test_sampler_with_fewer_images_than_a_group():
@@ -509,16 +605,16 @@ def test_sampler_with_fewer_images_than_a_group():
 def test_training_set_draws_by_the_seed(toy):
     dataset = open_split(toy, training=True, masks=False)
     training_set = TrainingSet(dataset, min_sizes=(64, 80, 96), max_size=1000)
-    drawn = [training_set[0, seed] for seed in range(60)]
-    shorter = [min(image.shape[1:]) for image, _ in drawn]
+    images, targets = training_set[[(0, seed) for seed in range(60)]]
+    shorter = [min(image.shape[1:]) for image in images]
     assert {shorter.count(size) > 9 for size in (64, 80, 96)} == {True}
     straight, _ = dataset.load(0, 64, 1000)
-    flips = [not torch.equal(image, straight) for image, _ in drawn if min(image.shape[1:]) == 64]
+    flips = [not torch.equal(image, straight) for image in images if min(image.shape[1:]) == 64]
     assert 0.2 < np.mean(flips) < 0.8
-    assert drawn[5][1]["seed"] == 5
-    unflipped = TrainingSet(dataset, min_sizes=(64,), max_size=1000, flip=False)
-    assert all(torch.equal(unflipped[0, seed][0], straight) for seed in range(10))
-    assert torch.equal(drawn[5][0], training_set[0, 5][0])
+    assert targets[5]["seed"] == 5
+    unflipped, _ = TrainingSet(dataset, (64,), 1000, flip=False)[[(0, seed) for seed in range(10)]]
+    assert all(torch.equal(image, straight) for image in unflipped)
+    assert torch.equal(images[5], training_set[[(0, 5)]][0][0])
 
 
 def same(a, b):
@@ -550,11 +646,15 @@ def test_spawned_workers_load_the_same_batches_and_hand_errors_over(toy, tmp_pat
     assert sampled == [target["image_id"] for _, targets in expected for target in targets]
     missing = next(i for i in dataset.image_ids if i not in sampled)
     (root / "train2017" / f"{missing:012d}.jpg").unlink()
-    loader = data.training_loader(dataset, workers=2, start_method="spawn", **options)
-    assert same(take(loader, 3), expected)
-    with pytest.raises(DataError, match=f"image {missing}. does not exist") as caught:
-        take(loader, 30)
-    assert "Traceback" not in str(caught.value)
+    try:
+        torch.multiprocessing.set_start_method("spawn", force=True)
+        loader = data.training_loader(dataset, workers=2, **options)
+        assert same(take(loader, 3), expected)
+        with pytest.raises(UserError) as caught:
+            take(loader, 30)
+    finally:
+        torch.multiprocessing.set_start_method("fork", force=True)
+    check_sentence(caught, f"image {missing}", str(root))
 
 
 def test_annotations_do_not_travel_to_the_workers(toy):
@@ -563,94 +663,99 @@ def test_annotations_do_not_travel_to_the_workers(toy):
     assert len(ForkingPickler.dumps(dataset)) < 4_000
 
 
-# ------------------------------------------------------------------------------------------------
-# Generated data
-# ------------------------------------------------------------------------------------------------
+# ---- Worker processes
+
+LOADING = """
+import multiprocessing, resource, sys, time
+import torch, data
+root, images_per_gpu, min_size, files = sys.argv[1], *map(int, sys.argv[2:])
+dataset = data.open_split(root, "train2017", training=True)
+if files:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+loader = data.training_loader(dataset, images_per_gpu, workers=2, min_sizes=(min_size,))
+kept = []
+try:
+    for _ in range(3):
+        kept.append(next(loader))
+except data.UserError as error:
+    sys.exit(f"UserError: {error}")
+print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+"""
 
 
-def test_toy_has_everything(toy):
-    file_names = set()
-    areas = []
-    for split in SPLITS:
-        dataset = open_split(toy, split)
-        coco = dataset.coco_gt()
-        annotations = list(coco.anns.values())
-        assert dataset.classes == ["person", "disk", "square", "triangle", "star"]
-        assert np.diff(dataset.category_ids).max() > 1  # ids with gaps
-        assert any(a["iscrowd"] for a in annotations)
-        assert {type(a["segmentation"]) for a in annotations} == {list, dict}
-        assert len({a["image_id"] for a in annotations}) < len(dataset)  # one without objects
-        assert len(set(dataset.widths >= dataset.heights)) == 2
-        areas += [a["area"] for a in annotations if not a["iscrowd"]]
-        file_names |= {image["file_name"] for image in coco.imgs.values()}
-        for _, target in dataset:
-            assert target["masks"].sum(0).max() <= 1 if len(target["masks"]) else True
-            for mask, box in zip(target["masks"], target["boxes"]):
-                assert (extent(mask.numpy()) - box).abs().max() == 0
-    areas = np.array(areas)
-    assert len(file_names) == 24 + 8
-    assert 0.2 < np.mean(areas < 32**2) < 0.6
-    assert np.mean(areas > 96**2) > 0.01
+def start_loading(root, images_per_gpu, min_size, files=0, before=(), after=""):
+    arguments = [str(root), str(images_per_gpu), str(min_size), str(files)]
+    return subprocess.Popen(
+        [*before, sys.executable, "-c", LOADING + after, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_toy_keypoints_are_marked_where_they_are(toy):
-    seen = set()
-    for split in SPLITS:
-        instances = open_split(toy, split).coco_gt().anns
-        coco = open_split(toy, split, "person_keypoints", keypoints=True).coco_gt()
-        for annotation_id, annotation in coco.anns.items():
-            keypoints = np.array(annotation["keypoints"]).reshape(17, 3)
-            assert annotation["num_keypoints"] == (keypoints[:, 2] > 0).sum()
-            assert annotation["bbox"] == instances[annotation_id]["bbox"]
-            mask = coco.annToMask(annotation)
-            for x, y, v in keypoints.tolist():
-                seen.add(v)
-                assert v == 0 or mask[y, x] == v - 1  # 2: on the visible figure, 1: hidden
-            if (keypoints[[5, 6], 2] > 0).all():
-                assert keypoints[5, 0] > keypoints[6, 0]  # frontal: its left is at our right
-    assert seen == {0, 1, 2}
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
-def test_toy_is_a_function_of_the_seed_and_written_once(toy, tmp_path):
-    def contents(root):
-        return {
-            path.relative_to(root): path.read_bytes()
-            for path in sorted(root.rglob("*"))
-            if path.is_file()
-        }
-
-    before = {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
-    data.make_toy_coco(toy, train_images=24, val_images=8)
-    assert before == {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
-    again, other = tmp_path / "again", tmp_path / "other"
-    again.mkdir()  # an empty folder is as good as none
-    data.make_toy_coco(again, train_images=24, val_images=8)
-    assert contents(again) == contents(toy)
-    data.make_toy_coco(other, train_images=2, val_images=2, seed=1)
-    images = [path.read_bytes() for root in (toy, other) for path in root.rglob("*.jpg")]
-    assert len(set(images)) == 32 + 4  # no image twice, in either split, of either seed
-    with pytest.raises(DataError, match="something else"):
-        data.make_toy_coco(toy, train_images=25, val_images=8)
-    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+def wait_until_gone(pids):
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, "a loading process stays"
+        time.sleep(0.1)
 
 
-@pytest.mark.parametrize("module, function", [(json, "dump"), (os, "rename")])
-def test_toy_interrupted_leaves_nothing(tmp_path, monkeypatch, module, function):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, function, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            data.make_toy_coco(tmp_path / "toy", 1, 1)
-    assert list(tmp_path.iterdir()) == []
-    data.make_toy_coco(tmp_path / "toy", 1, 1)
-    assert len(open_split(tmp_path / "toy")) == 1
+def test_little_shared_memory_is_an_error_and_no_hang(toy):
+    """64 MB is what Docker gives."""
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    before = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("no mounts allowed: /dev/shm cannot be made small")
+    run = start_loading(toy, 8, 800, before=before)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and errors.count("\n") == 1, errors
+    assert "--shm-size" in errors and "--workers 0" in errors
 
 
-# ------------------------------------------------------------------------------------------------
-# Real images
-# ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("files", [14, 20, 40, 64])  # at the start; in a worker; in the reader
+def test_few_file_descriptors_are_an_error_and_no_hang(toy, files):
+    run = start_loading(toy, 8, 100, files)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and errors.count("UserError") == 1, errors
+    assert "ulimit -n" in errors and "--workers 0" in errors
+
+
+def test_workers_blocked_on_a_full_pipe_end_with_a_killed_main_process(toy):
+    run = start_loading(toy, 100, 32, after="time.sleep(60)")
+    workers = list(map(int, run.stdout.readline().split()))
+    time.sleep(2)  # their queue fills
+    assert len(workers) == 2 and all(map(alive, workers))
+    run.kill()
+    run.communicate()
+    wait_until_gone(workers)
+
+
+def test_a_script_that_leaves_its_loader_open_ends(toy):
+    run = start_loading(toy, 2, 32)
+    output, errors = run.communicate(timeout=30)
+    assert run.returncode == 0, errors
+    wait_until_gone(map(int, output.split()))
+
+
+def test_workers_leave_signals_to_the_main_process(toy):
+    run = start_loading(toy, 2, 32, after="time.sleep(5)\nfor _ in range(20): next(loader)")
+    workers = list(map(int, run.stdout.readline().split()))
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        for pid in workers:
+            os.kill(pid, getattr(signal, name))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+
+
+# ---- Real images
 
 
 def test_real_images_and_all_kinds_of_masks(coco_mini):
@@ -680,80 +785,6 @@ def test_real_images_to_train_on(coco_mini):
     assert np.mean(hits) > 0.8
 
 
-# ---- The doctor
-
-
-def test_doctor_lists_everything(tmp_path, capsys):
-    data.make_toy_coco(tmp_path / "toy", train_images=6, val_images=2)
-    root = tmp_path / "toy"
-    assert data.main([str(root), "--workers", "0"]) == 0
-    assert "Nothing here would stop training" in capsys.readouterr().out
-
-    path = root / "annotations" / "instances_train2017.json"
-    content = json.loads(path.read_text())
-    sound = json.dumps(content)
-    first, second, third = content["images"][:3]
-    (root / "train2017" / first["file_name"]).unlink()
-    image = root / "train2017" / second["file_name"]
-    image.write_bytes(image.read_bytes()[:500])
-    third["width"] += 1
-    path.write_text(json.dumps(content))
-    assert data.main([str(root), "--workers", "0"]) == 1
-    printed = capsys.readouterr().out
-    for entry in (first, second, third):
-        assert any(entry["file_name"] in line for line in printed.splitlines()), entry
-
-    content = json.loads(sound)
-    content["annotations"][0]["category_id"] = 99
-    content["annotations"][1]["id"] = content["annotations"][2]["id"]
-    path.write_text(json.dumps(content))
-    assert data.main([str(root), "--workers", "0"]) == 1
-    printed = capsys.readouterr().out
-    assert "category 99" in printed and "appears twice" in printed
-
-
-def test_doctor_counts_and_measures(tmp_path, capsys):
-    """Statistics of two images that can be worked out by hand."""
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "train2017").mkdir()
-    images, annotations = [], []
-    for i, grey in enumerate((51, 204)):  # 0.2 and 0.8: mean 0.5, deviation 0.3
-        Image.new("RGB", (200, 100), (grey,) * 3).save(tmp_path / "train2017" / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": 200, "height": 100})
-        annotations.append(
-            {
-                "id": i,
-                "image_id": i,
-                "category_id": 7,
-                "bbox": [10, 10, 40, 40],
-                "area": 1600,
-                "iscrowd": 0,
-                "segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]],
-            }
-        )
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 7, "name": "cell"}],
-    }
-    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
-    assert data.main([str(tmp_path), "--workers", "0", "--min-size", "50"]) == 0
-    printed = capsys.readouterr().out
-    assert "2 objects (0 crowds), 1 classes: cell 2" in printed
-    assert "image_mean=(0.5000, 0.5000, 0.5000), image_std=(0.3000, 0.3000, 0.3000)" in printed
-    assert "half below 20" in printed  # 40 pixels at half the size
-    for annotation in annotations:
-        del annotation["segmentation"]
-    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
-    assert data.main([str(tmp_path), "--workers", "0"]) == 0
-    assert "boxes only" in capsys.readouterr().out
-
-
-def test_polygons_without_area_are_left_out():
-    square = [0.0, 0.0, 4.0, 0.0, 4.0, 4.0, 0.0, 4.0]
-    assert len(data.parse_segmentation([square, [1, 2, 3, 4]], 8, 8, "here")) == 1
-
-
 # ---- PASCAL VOC and subsets
 
 
@@ -777,32 +808,58 @@ def make_voc(root, objects, split="trainval", folder="VOC2007", name="000012"):
 
 def test_voc_boxes_include_their_last_pixel_and_difficult_ones_only_count_for_nothing(tmp_path):
     objects = [("dog", 0, (1, 1, 60, 40)), ("cat", 1, (11, 6, 20, 15))]
-    path = make_voc(tmp_path, objects)
+    make_voc(tmp_path, objects)
     splits = [("VOC2007", "trainval")]
     training = data.VocDataset(tmp_path, splits, training=True)
     image, target = training[0]
     assert image.shape == (3, 40, 60) and training.image_ids == [12]
     assert target["boxes"].tolist() == [[0, 0, 60, 40]]  # the whole image, in continuous pixels
     assert [training.classes[label - 1] for label in target["labels"]] == ["dog"]
-    truths = data.VocDataset(tmp_path, splits).voc_truths()
-    boxes, difficult = truths[data.VOC_CLASSES.index("cat") + 1][12]
-    assert boxes.tolist() == [[10, 5, 20, 15]] and difficult.tolist() == [True]
+    evaluation = data.VocDataset(tmp_path, splits)
+    assert evaluation.metric == "voc" and evaluation.num_objects == 2
+    truth = evaluation.coco_gt().anns
+    assert [truth[k]["difficult"] for k in (1, 2)] == [0, 1]
+    assert truth[2]["bbox"] == [10, 5, 10, 10]
+    assert data.VOC_CLASSES[truth[2]["category_id"] - 1] == "cat"
 
-    for broken in (
-        "<annotation>",
-        "<annotation></annotation>",
-        path.read_text().replace("dog", "dragon"),
-    ):
-        path.write_text(broken)
-        with pytest.raises(DataError, match="000012.xml"):
-            data.VocDataset(tmp_path, splits)
-    with pytest.raises(DataError, match="trainval.txt"):
-        data.VocDataset(tmp_path / "nothing", splits)
-    with pytest.raises(DataError, match="no split 'test2007'"):
-        make_voc(tmp_path, objects, "val", "VOC2012")
-        data.open_split(tmp_path, "test2007", masks=False)
-    with pytest.raises(DataError, match="boxes only"):
-        data.open_split(tmp_path, "val2017")
+
+@pytest.mark.parametrize(
+    "old, new, named",
+    [
+        ("</annotation>", "", ""),
+        ("<size>", "<sizes>", ""),
+        ("dog", "WBC", "'WBC' tools/to_coco.py"),
+        ("<xmin>1<", "<xmin>nan<", "bbox"),
+        ("<xmin>1<", "<xmin>left<", "'left'"),
+        ("<width>60<", "<width>0<", "width"),
+    ],
+)
+def test_bad_voc_files(tmp_path, old, new, named):
+    path = make_voc(tmp_path, [("dog", 0, (1, 1, 60, 40))])
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError) as caught:
+        data.VocDataset(tmp_path, [("VOC2007", "trainval")])
+    check_sentence(caught, str(tmp_path), "12", *named.split())
+
+
+def test_voc_reads_the_split_that_was_asked_for(tmp_path):
+    dog = [("dog", 0, (1, 1, 60, 40))]
+    make_voc(tmp_path, dog)
+    make_voc(tmp_path, dog, "train", "VOC2012", "2008_000002")
+    make_voc(tmp_path, dog, "val", "VOC2012", "2008_000005")
+    for training in (False, True):
+        options = dict(training=training, masks=False)
+        assert data.open_split(tmp_path, "train2017", **options).image_ids == [12, 2008000002]
+        assert data.open_split(tmp_path, "val2017", **options).image_ids == [2008000005]
+        assert data.open_split(tmp_path, "train", **options).image_ids == [2008000002]
+    for split, masks, named in (("test", False, "test.txt"), ("val2017", True, "masks=False")):
+        with pytest.raises(UserError) as caught:
+            data.open_split(tmp_path, split, masks=masks)
+        check_sentence(caught, str(tmp_path), named)
+    make_voc(tmp_path, dog, "val", "VOC2012", "IMG_7")
+    with pytest.raises(UserError) as caught:
+        data.open_split(tmp_path, "val2017", masks=False)
+    check_sentence(caught, "IMG_7.xml", "tools/to_coco.py")
 
 
 def test_subsets_are_a_function_of_the_ids_alone_and_nested():
@@ -813,5 +870,6 @@ def test_subsets_are_a_function_of_the_ids_alone_and_nested():
     assert ten != ids[:10] and abs(sum(hundred) / 100 - 600) < 100  # spread over all the ids
     # Pinned: another subset would be another experiment.
     assert ten == [161, 218, 275, 316, 400, 555, 579, 646, 847, 912]
-    with pytest.raises(DataError, match="smaller"):
+    with pytest.raises(UserError) as caught:
         data.choose_subset(ids, 2000)
+    check_sentence(caught, "1,000", "2,000")

@@ -413,6 +413,24 @@ def test_roboflows_coco_export(tmp_path, capsys):
     (((name, a),), _) = objects.values()
     assert name == "rbc" and a["id"] > 0 and "segmentation" not in a
     assert "cells" in printed and "test/0.png" in printed
+    assert open_split(tmp_path / "out", masks=False).classes == ["rbc"]
+
+
+def test_cvats_coco_export_finds_each_image_in_its_own_split(tmp_path, capsys):
+    (tmp_path / "in" / "annotations").mkdir(parents=True)
+    for split, x in (("Train", 1), ("Validation", 9)):
+        picture(tmp_path / "in" / "images" / split / "0.png")
+        image = {"id": 1, "file_name": "0.png", "width": 40, "height": 30}
+        listed = [{"id": 0, "name": "cell"}]
+        content = {"images": [image], "annotations": [annotation(1, x, image_id=1)]}
+        file = tmp_path / "in" / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(content | {"categories": listed}))
+    _, objects, sides = convert(tmp_path, capsys)
+    found = {sides[name]: a["bbox"][0] for name, ((_, a),) in objects.items()}
+    assert found == {"train2017": 1, "val2017": 9}
+    for split, folder in zip(SPLITS, ("Train", "Validation")):
+        (image,) = (tmp_path / "out" / split).iterdir()
+        assert image.samefile(tmp_path / "in" / "images" / folder / "0.png")
 
 
 def test_a_single_coco_file_is_split_by_image(tmp_path, capsys):

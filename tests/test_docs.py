@@ -323,15 +323,17 @@ def test_the_library_is_used_as_shown(tmp_path, monkeypatch):
     assert found["masks"].shape[1:] == (40, 60)
 
 
-def test_the_mosaic_of_readme_is_made_as_shown(tmp_path, monkeypatch):
+def test_the_pictures_of_the_pages_are_made_as_shown(tmp_path, monkeypatch):
     (code,) = blocks(PAGES["docs/tools.md"], "python")
-    for folder in ("runs/toy/pictures", "docs"):
+    for folder in ("runs/toy/pictures", "docs/one-image", "inside"):
         (tmp_path / folder).mkdir(parents=True)
     for i in range(6):
         Image.new("RGB", (60, 40 + i)).save(tmp_path / "runs/toy/pictures" / f"{i}.png")
+    Image.new("RGB", (60, 40)).save(tmp_path / "inside" / "anchors.png")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "tools.md", "exec"), {})
     assert Image.open("docs/detections.png").size == (1200, 640)
+    assert Image.open("docs/one-image/anchors.png").size == (60, 40)
 
 
 PIECES = re.findall(

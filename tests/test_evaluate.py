@@ -1,14 +1,18 @@
-"""evaluate.py: masks pasted and encoded, test-time augmentation, COCO and VOC metrics, pictures."""
+"""evaluate.py: masks pasted, test-time augmentation, COCO and VOC metrics, pictures, processes."""
 
-import builtins
 import contextlib
+import functools
 import io
 import json
 import math
+import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +26,10 @@ from torch import nn
 
 import data
 import evaluate
+import model as mask_rcnn
+from data import UserError
 
+ROOT = Path(evaluate.__file__).parent
 CLASSES = ["disc", "bar"]
 CATEGORY_IDS = [3, 7]
 
@@ -72,22 +79,25 @@ def some_masks(count, seed=0):
     return nn.functional.interpolate(coarse, size=28, mode="bicubic")[:, 0].mul(4).sigmoid()
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.2])
-def test_masks_are_pasted_where_the_formula_says(threshold):
-    boxes = torch.tensor(BOXES)
+def test_masks_are_pasted_where_the_formula_says():
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.rand(30, 2, 2, generator=generator) * torch.tensor([60.0, 50.0]) - 10
+    random = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
+    boxes = torch.cat([torch.tensor(BOXES), random])
     masks = some_masks(len(boxes))
     masks[3] = 1  # full, also at the edges
-    pasted = evaluate.paste_masks(masks, boxes, 30, 40, threshold)
+    pasted = evaluate.paste_masks(masks, boxes, 30, 40)
     assert pasted.dtype == torch.bool and pasted.shape == (len(boxes), 30, 40)
     assert pasted[0].any() and not pasted[4:7].any() and pasted[7].sum() <= 1
-    assert not pasted[9].any()
     for mask, box, got in zip(masks.double().numpy(), boxes.double().tolist(), pasted.numpy()):
         if box[0] == box[2]:
+            assert not got.any()
             continue
         values = paste_by_hand(mask, box, 30, 40)
-        clear = np.abs(values - threshold) > 1e-5
+        clear = np.abs(values - 0.5) > 1e-5
         assert clear.mean() > 0.99
-        np.testing.assert_array_equal(got[clear], (values >= threshold)[clear])
+        np.testing.assert_array_equal(got[clear], (values >= 0.5)[clear])
+    assert evaluate.paste_masks(masks[:0], boxes[:0], 30, 40).shape == (0, 30, 40)
 
 
 def test_a_pixel_centre_on_the_edge_of_the_box_belongs_to_it():
@@ -97,19 +107,22 @@ def test_a_pixel_centre_on_the_edge_of_the_box_belongs_to_it():
     assert torch.equal(pasted[0], expected)
 
 
-def test_run_lengths_of_the_window_are_those_of_the_image():
-    generator = torch.Generator().manual_seed(1)
-    corners = torch.rand(150, 2, 2, generator=generator) * torch.tensor([60.0, 50.0]) - 10
-    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
-    boxes = torch.cat([torch.tensor(BOXES), boxes])
-    masks = some_masks(len(boxes), seed=2)
-    masks[::7] = 1
-    masks[2] = (torch.arange(28) % 2 == 0).float()[:, None]  # stripes that end at the columns' ends
-    pasted = evaluate.paste_masks(masks, boxes, 30, 40).numpy()
-    for mask, box, whole in zip(masks.numpy(), boxes.tolist(), pasted):
-        code = evaluate.window_rle(*evaluate.paste_window(mask, box, 30, 40), 30, 40)
-        expected = coco_mask.encode(np.asfortranarray(whole.astype(np.uint8)))
-        assert code == {"size": [30, 40], "counts": expected["counts"].decode()}
+def test_results_are_in_cocos_format():
+    """Masks as pycocotools decodes them, keypoints as indices of pixels."""
+    boxes = np.float32(BOXES[:4])
+    masks = some_masks(4)
+    keypoints = np.full((4, 17, 3), (10.5, 20.5, 1), np.float32)
+    found = {"boxes": boxes, "labels": np.ones(4, int), "scores": np.float32([0.75] * 4)}
+    found |= {"masks": masks.numpy(), "keypoints": keypoints}
+    image_id, results = evaluate.coco_results((5, found, (30, 40), [9]))
+    assert image_id == 5
+    pasted = evaluate.paste_masks(masks, torch.from_numpy(boxes), 30, 40).numpy()
+    for result, box, mask in zip(json.loads(json.dumps(results)), BOXES, pasted):
+        assert (result["image_id"], result["category_id"], result["score"]) == (5, 9, 0.75)
+        xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        assert result["bbox"] == pytest.approx(xywh, abs=1e-3)
+        np.testing.assert_array_equal(coco_mask.decode(result["segmentation"]), mask)
+        assert result["keypoints"] == [10.0, 20.0, 1.0] * 17
 
 
 # ---- Models without weights, whose detections are known
@@ -118,16 +131,16 @@ def test_run_lengths_of_the_window_are_those_of_the_image():
 class Oracle(nn.Module):
     """Stands in for MaskRCNN: returns given detections, found by the first pixel of the image."""
 
-    def __init__(self, detections, masks=True, keypoints=0):
+    def __init__(self, detections, masks=True, keypoints=0, classes=CLASSES):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.config = {"num_classes": 2, "masks": masks, "keypoints": keypoints}
-        self.data_settings = {"min_size": 96, "max_size": 200, "classes": CLASSES}
+        self.image_mean = torch.zeros(1)
+        self.config = SimpleNamespace(num_classes=len(classes), masks=masks, keypoints=keypoints)
+        self.data_settings = {"min_size": 96, "max_size": 200, "classes": classes}
         self.calls = 0
         self.detections = detections  # first pixel's red value -> detections at full size
 
     def forward(self, images):
-        assert not self.training
+        assert not self.training and not torch.is_grad_enabled()
         self.calls += 1
         results = []
         for image in images:
@@ -137,7 +150,7 @@ class Oracle(nn.Module):
         return results
 
 
-def tiny_coco(root):
+def tiny_coco(root, first_id=1, split="val2017"):
     """4 images (one empty, one with a crowd) of rectangles, as COCO files, and exact detections.
 
     Rectangles have whole multiples of 28 pixels as sides, so that 28 x 28 masks are exact.
@@ -153,11 +166,11 @@ def tiny_coco(root):
     for category_id, name in zip(CATEGORY_IDS, CLASSES):
         coco["categories"].append({"id": category_id, "name": name})
     detections = {}
-    (root / "val2017").mkdir(parents=True)
-    (root / "annotations").mkdir()
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
     for image_id, boxes in objects.items():
         image = np.zeros((height, width, 3), np.uint8) + image_id
-        Image.fromarray(image).save(root / "val2017" / f"{image_id}.png")
+        Image.fromarray(image).save(root / split / f"{image_id}.png")
         coco["images"].append(
             {"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height}
         )
@@ -172,7 +185,7 @@ def tiny_coco(root):
                 found.append([category, x, y, x + w, y + h])
             coco["annotations"].append(
                 {
-                    "id": len(coco["annotations"]) + 1,
+                    "id": len(coco["annotations"]) + first_id,
                     "image_id": image_id,
                     "category_id": category,
                     "bbox": [x, y, w, h],
@@ -189,12 +202,12 @@ def tiny_coco(root):
             "masks": torch.ones(len(found), 28, 28),
             "width": width,
         }
-    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(coco))
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
     return detections
 
 
 def open_tiny(root):
-    return data.CocoDataset(root / "val2017", root / "annotations" / "instances_val2017.json")
+    return data.open_split(root, "val2017")
 
 
 def imperfect(detections):
@@ -218,26 +231,35 @@ def imperfect(detections):
 
 
 def by_hand(annotations, results, kind):
-    """pycocotools' own numbers on two files."""
+    """pycocotools' own numbers on two files, all classes at once."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         scorer = COCOeval(truth, truth.loadRes(str(results)), kind)
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    names = evaluate.COCO_METRICS[kind]
-    return [None if value == -1 else 100 * value for value in scorer.stats[: len(names)]]
+    count = 5 if kind == "keypoints" else 6
+    return [None if value == -1 else 100 * value for value in scorer.stats[:count]]
 
 
-def test_perfect_detections_have_ap_100(tmp_path):
-    model = Oracle(tiny_coco(tmp_path)).train()
+# ---- COCO's metrics
+
+
+@pytest.mark.parametrize("first_id", [1, 0])
+def test_perfect_detections_have_ap_100(tmp_path, first_id):
+    """Whatever the annotations' ids are: pycocotools takes 0 for "not matched"."""
+    model = Oracle(tiny_coco(tmp_path, first_id)).train()
     metrics = evaluate.evaluate(model, open_tiny(tmp_path), workers=0, per_class=True)
+    shown = evaluate.format_classes(metrics)
+    assert shown.splitlines()[1].split() == ["disc", "100.0", "100.0"]
     for kind in ("bbox", "segm"):
         per_class = metrics[kind].pop("per_class")
         assert per_class == {"disc": pytest.approx(100), "bar": pytest.approx(100)}
         assert metrics[kind]["AP"] == pytest.approx(100) and metrics[kind]["APl"] is None
     assert model.training  # as it was before
-    assert "100.0" in evaluate.format_table(metrics)
+    head, first, _ = evaluate.format_table(metrics).splitlines()
+    assert head.split() == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    assert first.split() == ["bbox", "100.0", "100.0", "100.0", "100.0", "100.0", "-"]
 
 
 def test_metrics_are_those_of_the_written_files(tmp_path):
@@ -251,13 +273,20 @@ def test_metrics_are_those_of_the_written_files(tmp_path):
     files = ["results_2019.json", "results_bbox.json", "results_segm.json"]
     assert sorted(p.name for p in out.iterdir()) == files
     for kind in ("bbox", "segm"):
-        expected = by_hand(dataset.annotation_file, out / f"results_{kind}.json", kind)
-        assert list(metrics[kind].values()) == expected
+        results = out / f"results_{kind}.json"
+        assert list(metrics[kind].values()) == by_hand(dataset.annotation_file, results, kind)
         assert 5 < metrics[kind]["AP"] < 95
+        # Shared by processes, class by class: the same to the last bit.
+        results = json.loads(results.read_text())
+        shared = evaluate.coco_metrics(dataset.coco_gt(), results, kind, dataset, workers=2)
+        del shared["per_class"]
+        assert shared == metrics[kind]
     json.dumps(metrics, allow_nan=False)
     # Found nothing at all, which pycocotools cannot read.
-    nothing = {k: {n: v[:0] if n != "width" else v for n, v in found.items()}
-               for k, found in model.detections.items()}  # fmt: skip
+    nothing = {
+        image_id: {name: v[:0] if name != "width" else v for name, v in found.items()}
+        for image_id, found in model.detections.items()
+    }
     metrics = evaluate.evaluate(Oracle(nothing), dataset, out, workers=0)
     assert metrics["bbox"]["AP"] == 0 and metrics["segm"]["AP"] == 0
     assert json.loads((out / "results_segm.json").read_text()) == []
@@ -269,7 +298,7 @@ def evaluate_in_process(rank, root, detections):
         "gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2
     )
     model = Oracle(detections)
-    metrics = evaluate.evaluate(model, open_tiny(root), root / "two", rank, 2, workers=0)
+    metrics = evaluate.evaluate(model, open_tiny(root), root / "two", workers=0)
     assert model.calls == 2  # of the four images
     (root / f"metrics_{rank}.json").write_text(json.dumps(metrics))
     torch.distributed.destroy_process_group()
@@ -287,28 +316,15 @@ def test_two_processes_write_what_one_does(tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_a_killed_evaluation_leaves_no_results(tmp_path):
+def test_a_stopped_evaluation_leaves_no_results(tmp_path):
     detections = tiny_coco(tmp_path)
     out = tmp_path / "out"
     evaluate.evaluate(Oracle(detections), open_tiny(tmp_path), out, workers=0)
     assert (out / "results_bbox.json").exists()
-    del detections[40]  # the last image: stands for the kill
+    del detections[40]  # the last image: stands for the end of the process
     with pytest.raises(KeyError):
-        evaluate.evaluate(Oracle(detections), open_tiny(tmp_path), out, workers=0)
-    assert [p.name for p in out.iterdir()] == ["results_partial_0.jsonl"]
-    assert len((out / "results_partial_0.jsonl").read_text().splitlines()) >= 2
-
-
-def test_keypoints_are_pixel_indices_in_the_file():
-    detections = {
-        "boxes": torch.tensor([[1.0, 2.0, 31.0, 42.0]]),
-        "labels": torch.tensor([1]),
-        "scores": torch.tensor([0.75]),
-        "keypoints": torch.tensor([[[10.5, 20.5, 1.0]] * 17]),
-    }
-    (result,) = evaluate.coco_results(5, detections, 50, 60, [9])
-    assert result["keypoints"] == [10.0, 20.0, 1.0] * 17
-    assert result["bbox"] == [1.0, 2.0, 30.0, 40.0] and result["category_id"] == 9
+        evaluate.evaluate(Oracle(detections), open_tiny(tmp_path), out, workers=2)
+    assert list(out.iterdir()) == []
 
 
 def test_keypoint_metrics_are_pycocotools(tmp_path):
@@ -328,13 +344,17 @@ def test_keypoint_metrics_are_pycocotools(tmp_path):
         visible = torch.randint(3, (2, 17, 1), generator=generator)
         for box, xyv in zip(boxes.tolist(), torch.cat([points, visible], dim=2)):
             xyv[xyv[:, 2] == 0] = 0
-            content["annotations"].append({
-                "id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": 1,
-                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "iscrowd": 0,
+            annotation = {
+                "id": len(content["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": 1,
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
                 "area": (box[2] - box[0]) * (box[3] - box[1]),
+                "iscrowd": 0,
                 "keypoints": xyv.flatten().int().tolist(),
                 "num_keypoints": int((xyv[:, 2] > 0).sum()),
-            })  # fmt: skip
+            }
+            content["annotations"].append(annotation)
         for found, noise in ((perfect, 0), (imperfect, 8)):
             moved = points + 0.5 + noise * torch.randn(points.shape, generator=generator)
             found[image_id] = {
@@ -353,14 +373,14 @@ def test_keypoint_metrics_are_pycocotools(tmp_path):
 
     ap = {}
     for name, detections in {"perfect": perfect, "imperfect": imperfect}.items():
-        model = Oracle(detections, masks=False, keypoints=17)
-        model.config["num_classes"] = 1
-        model.data_settings = {"min_size": 160, "max_size": 200, "classes": ["person"]}
+        model = Oracle(detections, masks=False, keypoints=17, classes=["person"])
+        model.data_settings |= {"min_size": 160, "max_size": 200}
         dataset = data.CocoDataset(root, uncounted, masks=False, keypoints=True)
         metrics = evaluate.evaluate(model, dataset, tmp_path / name, workers=0)
         ap[name] = metrics["keypoints"]["AP"]
         written = tmp_path / name / "results_keypoints.json"
         assert list(metrics["keypoints"].values()) == by_hand(counted, written, "keypoints")
+        assert list(metrics["keypoints"]) == ["AP", "AP50", "AP75", "APm", "APl"]
     assert ap["perfect"] == pytest.approx(100) and 5 < ap["imperfect"] < 95
 
 
@@ -370,46 +390,53 @@ def test_polygons_that_training_leaves_out_are_empty_masks(tmp_path, polygons):
     file = tmp_path / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
     whole = content["annotations"][0]["segmentation"]
-    content["annotations"][0]["segmentation"] = [
-        whole[0] if p is None else p for p in polygons
-    ]
+    content["annotations"][0]["segmentation"] = [whole[0] if p is None else p for p in polygons]
     file.write_text(json.dumps(content))
     metrics = evaluate.evaluate(Oracle(detections), open_tiny(tmp_path), workers=0)
     assert metrics["bbox"]["AP"] == pytest.approx(100)
     assert (metrics["segm"]["AP"] > 99) == (None in polygons)  # a mask that nothing can match
 
-    content["annotations"][0]["segmentation"] = {"size": [96, 120], "counts": [5]}
-    file.write_text(json.dumps(content))
-    model = Oracle(detections)
-    with pytest.raises(data.DataError, match="annotation 1 of image 10"):
-        evaluate.evaluate(model, open_tiny(tmp_path), workers=0)
-    assert model.calls == 0  # said before the work, not after it
 
-
-def test_other_classes_and_unreadable_images_are_one_sentence(tmp_path):
+def test_faults_in_files_are_one_sentence_before_the_work(tmp_path):
     model = Oracle(tiny_coco(tmp_path))
     dataset = open_tiny(tmp_path)
     model.data_settings["classes"] = ["disc", "star"]
-    with pytest.raises(data.DataError, match="star"):
+    with pytest.raises(UserError, match="star"):
         evaluate.evaluate(model, dataset, workers=0)
-    model.config["num_classes"] = 80
-    with pytest.raises(data.DataError, match="80 classes"):
+    model.config.num_classes = 80
+    with pytest.raises(UserError, match="80"):
         evaluate.evaluate(model, dataset, workers=0)
     model = Oracle(model.detections)
+    Path(dataset.annotation_file).write_text("{}")  # it was changed meanwhile
+    with pytest.raises(UserError, match="instances_val2017.json"):
+        evaluate.evaluate(model, dataset, workers=0)
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_one_sentence(tmp_path, workers):
+    model = Oracle(tiny_coco(tmp_path))
     (tmp_path / "val2017" / "30.png").write_bytes(b"no image")
-    with pytest.raises(data.DataError, match="30.png") as error:
-        evaluate.evaluate(model, dataset, workers=1)
+    with pytest.raises(UserError, match="30.png") as error:
+        evaluate.evaluate(model, open_tiny(tmp_path), workers=workers)
     assert "\n" not in str(error.value)
 
 
 # ---- PASCAL VOC
 
 
+def voc_object(number, image_id, box, difficult=False):
+    bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    return {"id": number, "image_id": image_id, "bbox": bbox, "difficult": difficult}
+
+
 def test_voc_average_precision_worked_by_hand():
-    truths = {
-        1: (np.array([[0, 0, 10, 10], [20, 20, 30, 30.0]]), np.array([False, False])),
-        2: (np.array([[0, 0, 10, 10], [40, 40, 50, 50.0]]), np.array([False, True])),
-    }
+    objects = [
+        voc_object(1, 1, [0, 0, 10, 10]),
+        voc_object(2, 1, [20, 20, 30, 30]),
+        voc_object(3, 2, [0, 0, 10, 10]),
+        voc_object(4, 2, [40, 40, 50, 50], difficult=True),
+    ]
     found = [
         (1, 0.4, [20, 20, 30, 30]),  # true positive (4th that counts): precision 2/4
         (1, 0.9, [0, 0, 10, 10]),  # true positive: precision 1/1, recall 1/3
@@ -419,31 +446,56 @@ def test_voc_average_precision_worked_by_hand():
         (2, 0.2, [0, 0, 10, 5]),  # IoU 0.5, just enough: true positive, precision 3/5
         (3, 0.1, [0, 0, 5, 5]),  # an image without objects: false positive
     ]
+    found = [voc_object(0, image_id, box) | {"score": score} for image_id, score, box in found]
     # Recall 1/3 at precision 1, 2/3 and 3/3 at precision 3/5, which is the best from 2/3 on.
     expected = (1 + 3 / 5 + 3 / 5) / 3
-    assert evaluate.voc_average_precision(found, truths) == pytest.approx(expected)
-    assert evaluate.voc_average_precision([], truths) == 0
-    assert evaluate.voc_average_precision(found, {2: (truths[2][0][1:], np.array([True]))}) is None
+    assert evaluate.voc_average_precision(found, objects) == pytest.approx(expected)
+    assert evaluate.voc_average_precision([], objects) == 0
+    assert evaluate.voc_average_precision(found, objects[3:]) == -1
+
+
+VOC_XML = """<annotation><size><width>100</width><height>80</height></size>{}</annotation>"""
+VOC_OBJECT = (
+    "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
+    "<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+
+
+def tiny_voc(root):
+    """A devkit with an image in each list, and detections: right, on a difficult object, wrong."""
+    detections = {}
+    for folder, split, name, red in (
+        ("VOC2007", "trainval", "000010", 10),
+        ("VOC2012", "train", "2008_000020", 20),
+        ("VOC2012", "val", "2008_000030", 30),
+    ):
+        for kind in ("Annotations", "ImageSets/Main", "JPEGImages"):
+            (root / folder / kind).mkdir(parents=True, exist_ok=True)
+        (root / folder / "ImageSets/Main" / f"{split}.txt").write_text(f"{name}\n")
+        path = root / folder / "JPEGImages" / f"{name}.jpg"
+        Image.new("RGB", (100, 80), (red,) * 3).save(path, quality=100)
+        # VOC counts pixels from 1 and includes the last one.
+        objects = [("cat", 0, 11, 21, 40, 60), ("cat", 1, 61, 11, 90, 40), ("dog", 0, 1, 1, 9, 9)]
+        text = "".join(VOC_OBJECT.format(*one) for one in objects)
+        (root / folder / "Annotations" / f"{name}.xml").write_text(VOC_XML.format(text))
+        detections[red] = {
+            "boxes": torch.tensor([[10.0, 20, 40, 60], [60, 10, 90, 40], [30, 30, 60, 60]]),
+            "labels": torch.tensor([8, 8, 12]),  # cat, cat, dog
+            "scores": torch.tensor([0.9, 0.8, 0.7]),
+            "width": 100,
+        }
+    return detections
 
 
 def test_voc_data_sets_are_scored_by_voc_rules(tmp_path):
-    detections = tiny_coco(tmp_path)
-    dataset = open_tiny(tmp_path)
-    truths = {category: {} for category in CATEGORY_IDS}
-    for image_id, found in detections.items():
-        for k, category in enumerate(CATEGORY_IDS, start=1):
-            boxes = found["boxes"][found["labels"] == k].numpy()
-            truths[category][image_id] = (boxes, np.zeros(len(boxes), bool))
-    dataset.voc_truths = lambda: truths
-    model = Oracle(detections, masks=False)
-    for found in detections.values():
-        found.pop("masks")
-    assert evaluate.evaluate(model, dataset, workers=0) == {"voc": {"mAP50": pytest.approx(100)}}
-    detections[10]["scores"][0] = 0.1
-    detections[10]["boxes"] = detections[10]["boxes"].clone()
-    detections[10]["boxes"][0] += 30  # one of three discs is missed, the worst by score
-    per_class = evaluate.evaluate(model, dataset, workers=0, per_class=True)["voc"]["per_class"]
-    assert per_class == {"disc": pytest.approx(200 / 3), "bar": pytest.approx(100)}
+    model = Oracle(tiny_voc(tmp_path), masks=False, classes=list(data.VOC_CLASSES))
+    dataset = data.open_split(tmp_path, "val2017", masks=False)
+    metrics = evaluate.evaluate(model, dataset, tmp_path / "out", workers=0, per_class=True)
+    assert metrics["voc"]["mAP50"] == pytest.approx(50)  # of the classes that have objects
+    per_class = {name: ap for name, ap in metrics["voc"]["per_class"].items() if ap is not None}
+    assert per_class == {"cat": pytest.approx(100), "dog": 0}
+    assert len(json.loads((tmp_path / "out" / "results_bbox.json").read_text())) == 3
+    assert evaluate.format_table(metrics).split() == ["mAP50", "voc", "50.0"]
 
 
 # ---- Test-time augmentation
@@ -452,16 +504,15 @@ def test_voc_data_sets_are_scored_by_voc_rules(tmp_path):
 class Seer(nn.Module):
     """Stands in for MaskRCNN: sees a red rectangle in an image wherever and however large it is.
 
-    Its mask is the yellow half; its first keypoint, the nose, is in the middle; its second and
-    third, the left and right eye, a quarter from the edges: the left one is on the image's right.
+    Its mask is the yellow half.
     """
 
-    config = {"num_classes": 1, "masks": True, "keypoints": 17, "box_score_thresh": 0.05}
+    config = SimpleNamespace(num_classes=1, masks=True, keypoints=0, box_score_thresh=0.05)
     data_settings = {"min_size": 80, "max_size": 133, "classes": ["red"]}
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.image_mean = torch.zeros(1)
         self.seen = []
 
     def batch(self, images):
@@ -485,11 +536,8 @@ class Seer(nn.Module):
     def postprocess(self, scores, boxes):
         self.united = boxes[:, 0]
         best = scores[:, 1].argmax()
-        return {
-            "boxes": boxes[best],
-            "labels": torch.tensor([1]),
-            "scores": scores[best, 1][None],
-        }
+        score = scores[best, 1][None]
+        return {"boxes": boxes[best], "labels": torch.tensor([1]), "scores": score}
 
     def mask_probabilities(self, features, boxes, labels):
         seen = self.proposals(features, None)[0][0]
@@ -498,19 +546,9 @@ class Seer(nn.Module):
         mask[:, :, :14] = 1
         return [mask.flip(-1) if features[1] else mask]
 
-    def keypoint_heatmaps(self, features, boxes):
-        maps = torch.zeros(1, 17, 56, 56)
-        maps[:, 0, 27:29, 27:29] = 20
-        maps[:, 3:, 50, 27:29] = 20
-        maps[:, 1, 13:15, 41:43] = 20  # left and right stay what they look like in a mirror
-        maps[:, 2, 13:15, 13:15] = 20
-        if features[0].shape[0] < 80:
-            maps = 100 * maps.flip(-2)  # wrong in smaller views, which this small box leaves out
-        return [maps]
-
     def forward(self, images):
-        views = [evaluate.View(*images[0].shape[-2:], scale=80)]
-        return [evaluate.augmented_detections(self, images[0], views)]
+        view = (tuple(images[0].shape[-2:]), False)
+        return [evaluate.detect_augmented(self, images[0], [view])]
 
 
 def red_rectangle(height=120, width=160, box=(32, 24, 96, 72)):
@@ -522,7 +560,7 @@ def red_rectangle(height=120, width=160, box=(32, 24, 96, 72)):
     return image
 
 
-def test_all_views_see_the_same_boxes_masks_and_keypoints():
+def test_all_views_see_the_same_boxes_and_masks():
     model = Seer()
     image = red_rectangle()
     plain = evaluate.predict(model, image)
@@ -540,63 +578,59 @@ def test_all_views_see_the_same_boxes_masks_and_keypoints():
         mask[24:72, 32:64] = True
         overlap = (mask & detections["masks"][0]).sum() / (mask | detections["masks"][0]).sum()
         assert overlap > 0.95
-        points = detections["keypoints"][0]
-        expected = torch.tensor([[64.0, 48.0, 1], [80.0, 36.0, 1], [48.0, 36.0, 1]])
-        assert (points[:3] - expected).abs().max() < 2
-        assert detections["keypoints_scores"].shape == (1, 17)
+
+
+@functools.cache
+def small_model(keypoints=0):
+    """A small real model with random weights that finds something."""
+    torch.manual_seed(0)
+    small = mask_rcnn.build_model(
+        num_classes=3,
+        keypoints=keypoints,
+        blocks=(1, 1, 1, 1),
+        fpn_channels=32,
+        box_head_convs=1,
+        box_head_channels=32,
+        box_head_fc_channels=32,
+        mask_head_convs=1,
+        mask_head_channels=32,
+        keypoint_head_convs=1,
+        keypoint_head_channels=32,
+        rpn_pre_nms_top_n_test=50,
+        rpn_post_nms_top_n_test=20,
+        box_detections_per_img=10,
+    )
+    nn.init.normal_(small.box_heads[0].classifier.weight, std=0.5)
+    small.data_settings |= {"min_size": 64, "max_size": 100}
+    return small
+
+
+def some_image(height=50, width=70):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(3, height, width, generator=generator) * 255).byte()
 
 
 def test_one_view_is_plain_prediction(monkeypatch):
-    model = data_free_model()
-    image = (torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)) * 255).byte()
-    plain = evaluate.predict(model, image)
+    plain = evaluate.predict(small_model(), some_image())
     assert len(plain["scores"]) > 3
 
-    def one(h, w, low, high):
-        return [evaluate.View(*data.resize_shape(h, w, low, high), scale=low)]
+    def one_view(size, min_size, max_size):
+        return [(data.resize_shape(*size, min_size, max_size), False)]
 
-    monkeypatch.setattr(evaluate, "tta_views", one)
+    monkeypatch.setattr(evaluate, "tta_views", one_view)
     monkeypatch.setattr(evaluate, "vote_boxes", lambda detections, *_: detections["boxes"])
-    augmented = evaluate.predict(model, image, tta=True)
+    augmented = evaluate.predict(small_model(), some_image(), tta=True)
     assert plain.keys() == augmented.keys()
     for name in plain:
         assert torch.equal(plain[name], augmented[name]), name
 
 
-def data_free_model():
-    """A small real model with random weights that finds something."""
-    import model
-
-    torch.manual_seed(0)
-    small = model.build_model(
-        num_classes=3, keypoints=17, blocks=(1, 1, 1, 1), fpn_channels=32, box_head_convs=1,
-        box_head_channels=32, box_head_fc_channels=32, mask_head_convs=1, mask_head_channels=32,
-        keypoint_head_convs=1, keypoint_head_channels=32, rpn_pre_nms_top_n_test=50,
-        rpn_post_nms_top_n_test=20, box_detections_per_img=10,
-    )  # fmt: skip
-    nn.init.normal_(small.box_heads[0].classifier.weight, std=0.5)
-    small.data_settings = {"min_size": 64, "max_size": 100, "classes": None, "category_ids": None}
-    return small
-
-
-def test_keypoints_of_small_boxes_leave_out_the_smaller_views():
-    own = evaluate.View(800, 1067, scale=800)
-    boxes = torch.tensor([[0, 0, 240, 240.0], [0, 0, 260, 260.0]])  # 144 and 156 px in the image
-    image = torch.zeros(3, 480, 640)
-
-    def fits(scale):
-        view = evaluate.View(1, 1, scale=scale)
-        return evaluate.keypoint_scale_fits(boxes, image, own, view).tolist()
-
-    assert fits(700) == [0, 1] and fits(800) == [1, 1] and fits(900) == [1, 0]
-
-
 def test_views_are_those_of_the_paper():
-    views = evaluate.tta_views(480, 640, 800, 1333)
-    assert len(views) == 18 and views[0] == evaluate.View(800, 1067, False, 800)
-    assert {view.height for view in views} == {800, *evaluate.TTA_SCALES}
-    assert max(view.width for view in evaluate.tta_views(400, 1600, 800, 1333)) == 2000
-    assert evaluate.tta_views(400, 1600, 800, 1333)[0].width == 1333
+    views = evaluate.tta_views((480, 640), 800, 1333)
+    assert len(views) == 18 and views[:2] == [((800, 1067), False), ((800, 1067), True)]
+    assert {shape[0] for shape, _ in views} == {800, *evaluate.TTA_SCALES}
+    wide = [shape[1] for shape, _ in evaluate.tta_views((400, 1600), 800, 1333)]
+    assert max(wide) == 2000 and wide[0] == 1333
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
@@ -613,7 +647,12 @@ def test_box_voting_worked_by_hand(agnostic):
     torch.testing.assert_close(voted, torch.tensor(expected))
 
 
-# ---- Prediction on real weights' shapes, pictures, curves, command line
+def test_keypoint_models_have_no_augmentation():
+    with pytest.raises(UserError, match="keypoint|Keypoint"):
+        evaluate.predict(small_model(keypoints=17), some_image(), tta=True)
+
+
+# ---- Prediction on an image
 
 
 def test_predictions_are_in_the_images_own_pixels():
@@ -623,128 +662,383 @@ def test_predictions_are_in_the_images_own_pixels():
         "labels": torch.tensor([1, 2]),
         "scores": torch.tensor([0.9, 0.8]),
         "masks": torch.ones(2, 28, 28),
+        "keypoints": torch.tensor([[[30.0, 40.0, 1.0]] * 17] * 2),
         "width": 160,
     }
     for height, width in ((60, 80), (240, 320)):
-        detections = evaluate.predict(Oracle({10: found}), image, min_size=height, max_size=width)
+        model = Oracle({10: found | {"keypoints": found["keypoints"] * width / 160}})
+        detections = evaluate.predict(model, image, min_size=height, max_size=width)
         expected = torch.tensor([[20.0, 30.0, 76.0, 86.0], [150.0, 100.0, 160.0, 120.0]])
         torch.testing.assert_close(detections["boxes"], expected)
         assert detections["masks"].shape == (2, 120, 160)
         assert detections["masks"][0].sum() == 56 * 56
         assert detections["masks"][0, 30:86, 20:76].all()
+        expected = torch.tensor([30.0, 40.0]).expand(2, 17, 2)
+        torch.testing.assert_close(detections["keypoints"][..., :2], expected)
 
 
-def test_pictures_show_boxes_and_names_and_small_images_are_enlarged(tmp_path):
+def test_paths_arrays_and_tensors_are_the_same_image(tmp_path):
+    image = some_image()
+    array = image.permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(tmp_path / "a.png")
+    bgr = np.ascontiguousarray(array[..., ::-1])
+    expected = evaluate.predict(small_model(), image)
+    for same in (tmp_path / "a.png", str(tmp_path / "a.png"), array, bgr[..., ::-1]):
+        found = evaluate.predict(small_model(), same)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found = evaluate.predict(small_model(), array.astype(np.float64) / 255)
+    assert len(found["boxes"]) > 3
+    for wrong in (array[:, :, 0], image[:2], image[None], np.zeros((5, 5, 4)), image.float()):
+        with pytest.raises(ValueError, match="image"):
+            evaluate.predict(small_model(), wrong)
+    with pytest.raises(UserError, match="nothing.png"):
+        evaluate.predict(small_model(), "nothing.png")
+
+
+def test_bfloat16_finds_about_the_same(tmp_path):
+    tiny_coco(tmp_path)
+    model = small_model()
+    dataset = open_tiny(tmp_path)
+    dataset.classes, dataset.category_ids = ["a", "b", "c"], [3, 7, 8]
+    dataset.coco_gt = open_tiny(tmp_path).coco_gt
+    results = []
+    for amp in (False, True):
+        evaluate.evaluate(model, dataset, tmp_path / str(amp), workers=0, amp=amp)
+        results.append(json.loads((tmp_path / str(amp) / "results_segm.json").read_text()))
+    plain, amp = ([result["score"] for result in kind] for kind in results)
+    assert plain != amp and abs(len(plain) - len(amp)) <= 4
+    assert max(amp) == pytest.approx(max(plain), abs=0.1)
+
+
+# ---- Pictures
+
+
+def test_pictures_show_boxes_masks_and_names():
     image = red_rectangle()
     detections = evaluate.predict(Seer(), image)
     picture = evaluate.draw(image, detections, ["red"])
     assert picture.dtype == torch.uint8 and picture.shape == (3, 360, 480)
     plain = evaluate.draw(image, detections, score=0.95)
     changed = (picture != plain).any(0)
-    assert changed[73, 97:287].all()  # the upper edge of the box
-    assert not changed[:, :90].any() and not changed[:60].any()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
-    (tmp_path / "a_detections.png").touch()
-    assert evaluate.find_images([tmp_path]) == [tmp_path / "a.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(data.DataError, match="no image"):
-        evaluate.find_images([tmp_path / "empty"])
+    assert changed[73, 97:287].all()  # the upper edge of the box, three times as large
+    assert changed[80:210, 100:180].all() and not changed[80:210, 200:280].any()  # the mask
+    name = changed[:71].nonzero()
+    assert 8 < name[:, 0].max() - name[:, 0].min() < 30  # above the box, which it does not cover
+    assert not changed[:, :90].any() and not changed[:50].any()
+    soft = detections | {"masks": torch.ones(1, 28, 28)}  # as the model gives them
+    assert (evaluate.draw(image, soft, ["red"]) != plain).any(0)[80:210, 200:280].all()
 
 
-def write_log(run):
-    run.mkdir()
-    lines = [{"iteration": i, "lr": 0.1, "loss": 2.0 / i} for i in range(1, 101)]
-    lines.append({"iteration": 100, "bbox": {"AP": 12.0}, "segm": {"AP": None}})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (run / "log.jsonl").write_text(text + '{"iteration": 10')  # killed while it wrote
+def test_names_fit_into_pictures_of_any_size():
+    """Enlarged, shrunk, at the border: the name of a small object is beside it, and readable."""
+    for height, width in ((8, 12), (900, 3200), (30, 2000)):
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        for box in ([0, 0, 4, 4], [width - 4, height - 4, width, height]):
+            detections = {
+                "boxes": torch.tensor([box]).float(),
+                "labels": torch.tensor([1]),
+                "scores": torch.tensor([0.9]),
+            }
+            picture = evaluate.draw(image, detections, ["a thing"])
+            assert max(picture.shape) == min(max(480, width), 1600)
+            scale = picture.shape[2] / width
+            x1, y1, x2, y2 = (round(side * scale) for side in box)
+            name = picture.any(0).clone()
+            name[max(0, y1 - 1) : y2 + 2, max(0, x1 - 1) : x2 + 2] = False
+            rows, columns = name.nonzero().T if height > 30 else (None, None)
+            if rows is not None:  # large enough for the name beside the box
+                assert rows.max() - rows.min() > picture.shape[2] // 80
+                assert columns.max() - columns.min() > 40
+    keypoints = {"keypoints": torch.tensor([[[5.0, 5.0, 1.0]] * 17])}
+    assert evaluate.draw(some_image(), detections | keypoints, None).shape[2] == 480
 
 
-def test_curves(tmp_path, monkeypatch, capsys):
-    write_log(tmp_path / "run")
-    assert evaluate.smooth([1, 3, 5, 7], 2).tolist() == [1, 2, 4, 6]
-    assert evaluate.main(["--plot", str(tmp_path / "none"), "--out", "x.png"]) == 1
-    assert "log.jsonl" in capsys.readouterr().err
-    original = builtins.__import__
-
-    def without_matplotlib(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    assert evaluate.main(["--plot", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]) == 1
-    error = capsys.readouterr().err
-    assert "pip install matplotlib" in error and error.count("\n") == 1
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    assert evaluate.main(["--plot", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]) == 0
-    assert Image.open(tmp_path / "x.png").width > 500
-    from matplotlib.figure import Figure
-
-    figures = []
-    save = Figure.savefig
-
-    def keep_and_save(figure, *arguments, **named):
-        figures.append(figure)
-        save(figure, *arguments, **named)
-
-    monkeypatch.setattr(Figure, "savefig", keep_and_save)
-    evaluate.plot([tmp_path / "run"], tmp_path / "x.png")
-    ((ap,), (loss,)) = (axes.lines for axes in figures[0].axes)
-    assert ap.get_xydata().tolist() == [[100, 12]]
-    steps = np.arange(1, 101)
-    np.testing.assert_array_equal(loss.get_xdata(), steps)
-    smoothed = np.convolve(2 / steps, [0.5, 0.5])[1:100]
-    np.testing.assert_allclose(loss.get_ydata()[1:], smoothed)
-
-
-def test_command_line(tmp_path, monkeypatch, capsys):
-    assert evaluate.main(["--plot", "run", "--out", "figure.xyz"]) == 2
-    for wrong in ([], ["--data", "x"], ["--weights", "x"], ["--images", "a", "--plot", "b"]):
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main(wrong)
-        assert stop.value.code == 2
-    assert evaluate.main(["--weights", str(tmp_path / "no.pt"), "--data", str(tmp_path)]) == 1
-    assert evaluate.main(["--weights", "w", "--data", str(tmp_path), "--device", "mps"]) == 2
-    capsys.readouterr()
-
+def test_a_pictures_failure_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    """And masks of the truth, which may be of a huge image, are not read for a picture."""
     model = Oracle(tiny_coco(tmp_path))
-    said = {}
+    dataset = open_tiny(tmp_path)
+    monkeypatch.setattr(data, "paint_segmentation", None)
+    draw, drawn = evaluate.draw, []
 
-    def load_model(path, verbose, **unsaid):
-        said.update(unsaid)
-        return model
+    def once(*arguments):
+        drawn.append(arguments)
+        if len(drawn) == 2:
+            raise MemoryError("30 GiB")
+        return draw(*arguments)
 
-    monkeypatch.setattr(evaluate.detector, "load_model", load_model)
-    out = str(tmp_path / "out")
-    arguments = ["--weights", "w", "--data", str(tmp_path), "--out", out, "--workers", "0"]
-    assert evaluate.main([*arguments, "--per-class"]) == 0
+    monkeypatch.setattr(evaluate, "draw", once)
+    paths = evaluate.save_pictures(model, dataset, tmp_path / "pictures", count=3)
+    assert [path.name for path in paths] == ["10_detections.png", "30_detections.png"]
+    assert all(path.exists() for path in paths)
+    error = capsys.readouterr().err
+    assert "20.png" in error and error.count("\n") == 1
+    (tmp_path / "file").touch()
+    assert evaluate.save_pictures(model, dataset, tmp_path / "file", count=2) == []
+
+
+# ---- Command line
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """Arguments that name weights, whose model is an Oracle of `tiny_coco` in tmp_path / "data"."""
+    model = Oracle(tiny_coco(tmp_path / "data"))
+    monkeypatch.setattr(evaluate, "load_model", lambda path: model)
+    return ["--device", "cpu", "--weights", "w"]
+
+
+def run(*arguments):
+    return evaluate.main([str(argument) for argument in arguments])
+
+
+def test_tables_on_the_command_line(tmp_path, weights, capsys):
+    out = tmp_path / "out"
+    arguments = [*weights, "--workers", 0, "--data"]
+    assert run(*arguments, tmp_path / "data", "--out", out, "--per-class") == 0
     shown = capsys.readouterr().out
     assert "disc" in shown and "segm" in shown and "100.0" in shown
-    assert said == {}
-    folder = tmp_path / "val2017"
-    (folder / "15.png").write_bytes(b"no image")  # the others are looked at all the same
-    for _ in range(2):  # the second time beside the pictures of the first
-        shown = ["--weights", "w", "--images", str(folder), "--out", str(folder)]
-        public = ["--image-mean", "51", "0", "255", "--stride-in-1x1", "0"]
-        assert evaluate.main([*shown, *public, "--roi-sampling-ratio", "0"]) == 1
-        told = capsys.readouterr()
-        assert "bar" in told.out and "15.png" in told.err and "1 of 5 images" in told.err
-    assert len(list(folder.glob("*_detections*.png"))) == 4
-    assert said == {
-        "image_mean": (0.2, 0.0, 1.0), "stride_in_1x1": False, "roi_sampling_ratio": 0
-    }  # fmt: skip
-    assert evaluate.main(["--weights", "w", "--data", str(tmp_path / "none")]) == 1
+    assert {path.name for path in out.iterdir()} >= {"results_bbox.json", "results_segm.json"}
+    assert run(*arguments, tmp_path / "none") == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_export_leaves_the_momentum_out(tmp_path):
-    weights = {"model_config": {}, "model": {"w": torch.ones(3)}, "momentum": {"w": torch.ones(3)}}
-    torch.save(weights, tmp_path / "a.pt")
-    full, small = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
-    assert evaluate.main(["--weights", full, "--export", small]) == 0
+def test_the_split_asked_for_is_the_one_that_is_scored(tmp_path, weights, monkeypatch, capsys):
+    tiny_coco(tmp_path / "data", split="train2017")
+    for path in (tmp_path / "data" / "val2017").iterdir():
+        path.unlink()
+    arguments = [*weights, "--workers", 0, "--data", tmp_path / "data"]
+    assert run(*arguments, "--split", "train2017") == 0
+    assert run(*arguments, "--split", "test") == 1
+    assert "test" in capsys.readouterr().err
+    model = Oracle(tiny_voc(tmp_path / "voc"), masks=False, classes=list(data.VOC_CLASSES))
+    monkeypatch.setattr(evaluate, "load_model", lambda path: model)
+    out = tmp_path / "out"
+    arguments = [*weights, "--workers", 0, "--data", tmp_path / "voc", "--out", out]
+    assert run(*arguments, "--split", "train2017") == 0
+    ids = {one["image_id"] for one in json.loads((out / "results_bbox.json").read_text())}
+    assert ids == {10, 2008000020}
+    assert run(*arguments, "--split", "train2012") == 1
+
+
+def test_two_categories_of_one_name_are_refused(tmp_path, weights, capsys):
+    file = tmp_path / "data" / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["categories"][1]["name"] = "disc"
+    file.write_text(json.dumps(content))
+    arguments = ["--data", tmp_path / "data", "--per-class", "--workers", 0]
+    assert run(*weights, *arguments) == 1
+    error = capsys.readouterr().err
+    assert "disc" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--data=",
+        "--export=",
+        "--images=",
+        "--data=x --out=",
+        "--data=x --weights=",
+        "--data=x --workers=-1",
+        "--images=x --score=1.5",
+        "--images=x --score=nan",
+        "--data=x --device=mps",
+        "--data=x --device=cuda:99",
+        "--data=x --device=gpu",
+        "",
+        "--data=x --images=y",
+    ],
+)
+def test_bad_use_has_exit_code_2(tmp_path, weights, wrong, capsys):
+    try:
+        code = run(*weights, *wrong.split())
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("evaluate.py: ")  # with "error: " after it, where argparse says it
+
+
+def test_pictures_of_images_never_replace_an_image(tmp_path, weights, capsys):
+    folder = tmp_path / "data" / "val2017"
+    os.rename(folder / "20.png", folder / "10_detections.png")
+    before = (folder / "10_detections.png").read_bytes()
+    images = [folder / "10.png", folder / "10_detections.png"]
+    for _ in range(2):  # the second time beside the pictures of the first
+        assert run(*weights, "--images", *images, "--out", folder) == 0
+    assert (folder / "10_detections.png").read_bytes() == before
+    shown = capsys.readouterr().out
+    assert "bar" in shown and "10_detections_.png" in shown
+    made = {path.name for path in folder.glob("*_detections*")}
+    made.remove("10_detections.png")
+    assert made == {"10_detections_.png", "10_detections_detections.png"}
+
+
+def test_folders_of_images(tmp_path, weights, capsys):
+    folder = tmp_path / "data" / "val2017"
+    Image.open(folder / "10.png").save(folder / "a.GIF", "gif")
+    Image.open(folder / "10.png").save(folder / "b.ppm")
+    (folder / "15.png").write_bytes(b"no image")  # the others are looked at all the same
+    (folder / "notes.txt").write_text("no image")
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert run(*weights, "--images", folder, "--out", folder) == 1
+    told = capsys.readouterr()
+    assert "15.png" in told.err and "Traceback" not in told.err
+    names = {path.name for path in folder.glob("*_detections.png")}
+    assert names == {f"{name}_detections.png" for name in ("10", "20", "30", "40", "a", "b")}
+    (out / "empty").mkdir(parents=True)
+    assert run(*weights, "--images", out / "empty") == 1
+    surrogate = os.fsdecode(b"\xff.png")  # not UTF-8
+    os.rename(folder / "10.png", folder / surrogate)
+    assert run(*weights, "--images", folder / surrogate, "--out", out) == 0
+
+
+def test_export_leaves_the_momentum_out_and_replaces_no_file(tmp_path, capsys):
+    full, small = tmp_path / "a.pt", tmp_path / "b.pt"
+    mask_rcnn.save_model(small_model(), full, momentum={"w": torch.ones(3)}, iteration=7)
+    before = full.read_bytes()
+    assert run("--weights", full, "--export", small) == 0
     exported = torch.load(small, weights_only=True)
-    assert exported.keys() == {"model_config", "model"} and exported["model"]["w"].sum() == 3
+    assert "momentum" not in exported and exported["iteration"] == 7
+    mask_rcnn.load_model(small)
+    (tmp_path / "link.pt").symlink_to(full)
+    for taken in (full, tmp_path / "link.pt", tmp_path):
+        assert run("--weights", full, "--export", taken) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert full.read_bytes() == before
+    assert run("--weights", full, "--export", tmp_path / "none" / "c.pt") == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+# ---- Plumbing: processes, lock, errors, memory
+
+
+@pytest.mark.parametrize(
+    "variables, rank",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "1"}, None),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"LOCAL_RANK": "1"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, None),
+        ({"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, None),
+        ({"RANK": "-1", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "a", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, None),  # of a torchrun that is gone
+    ],
+)
+def test_ranks_fit_together_or_nothing_starts(variables, rank, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if rank is None:
+        with pytest.raises(UserError, match="torchrun") as error:
+            evaluate.start_processes("cpu")
+        assert error.value.code == 2 and all(name in str(error.value) for name in variables)
+    else:
+        assert evaluate.start_processes("cpu") == (*rank, torch.device("cpu"))
+
+
+HOLDING = """
+import os, sys, time, evaluate
+with evaluate.lock_folder(sys.argv[1]):
+    if os.fork() == 0:  # a loading process, which may live on for seconds
+        time.sleep(60)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_evaluations_do_not_share_a_folder(tmp_path, weights, capfd):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results_bbox.json").write_text("another's")
+    command = [sys.executable, "-c", HOLDING, str(out)]
+    arguments = [*weights, "--data", tmp_path / "data", "--out", out, "--workers", 0]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    ) as run_:
+        try:
+            assert run_.stdout.readline()
+            assert run(*arguments) == 2
+            error = capfd.readouterr().err
+            assert str(out) in error and error.count("\n") == 1
+            assert (out / "results_bbox.json").read_text() == "another's"
+            run_.kill()  # with the lock held, and its child alive
+            os.waitpid(run_.pid, 0)
+            assert run(*arguments) == 0
+        finally:
+            os.killpg(run_.pid, signal.SIGKILL)
+            run_.returncode = -9
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_importing_ends_without_a_traceback(name):
+    slow = "import sys, time; sys.modules['numpy'] = None; print('x', flush=True)"
+    code = (
+        f"{slow}; sys.argv = ['evaluate.py', '--help']; import builtins; old = builtins.__import__"
+    )
+    code += """
+def slow_import(name, *rest):
+    if name == "torch":
+        print("importing", flush=True)
+        time.sleep(60)
+    return old(name, *rest)
+builtins.__import__ = slow_import
+del sys.modules["numpy"]
+import runpy
+runpy.run_path("evaluate.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "x\n" and process.stdout.readline() == "importing\n"
+        time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == -getattr(signal, name) and error == ""
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (UserError("a file is wrong", code=2), 2, "a file is wrong"),
+        (UserError("two\nlines"), 1, "two lines"),
+        (mask_rcnn.WeightsError("w.pt is broken"), 1, "w.pt"),
+        (OSError(28, "No space left on device", "x/y.json"), 1, "x/y.json"),
+        (OSError("odd"), 1, "odd"),
+        (ImportError("pip install matplotlib"), 1, "matplotlib"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_of_users_are_one_line(error, code, words, capsys):
+    assert evaluate.run_command("tool.py", raise_, error) == code
+    told = capsys.readouterr().err
+    assert told.startswith("tool.py: ") and words in told and told.count("\n") == 1
+
+
+def test_other_errors_pass_through_and_codes_come_back(capsys):
+    with pytest.raises(ZeroDivisionError):
+        evaluate.run_command("tool.py", raise_, ZeroDivisionError())
+    assert evaluate.run_command("tool.py", lambda arguments: None) == 0
+    assert evaluate.run_command("tool.py", lambda arguments: len(arguments), "abc") == 3
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "import sys, evaluate\ndef f(_):\n    for i in range(9**5): print(i)\n"
+    code += "sys.exit(evaluate.run_command('x', f))"
+    command = f'"{sys.executable}" -c "{code}" | head -1'
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "0\n" and done.stderr == ""
 
 
 KEEPING = """
@@ -763,7 +1057,6 @@ print(resident() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
 @pytest.mark.parametrize("mode, kept", [("keep", True), ("default", False)])
 def test_freed_memory_is_kept_for_the_next_step(mode, kept):
-    root = Path(evaluate.__file__).parent
     command = [sys.executable, "-c", KEEPING, mode]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (float(done.stdout) > 200) == kept

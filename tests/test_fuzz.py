@@ -1,7 +1,7 @@
 """Damaged annotation files: each loads to what an independent reading of it gives, or is refused.
 
-  pytest tests/test_fuzz.py               120 mutations
-  pytest -m long tests/test_fuzz.py -s    2,000, with counts
+pytest tests/test_fuzz.py               120 mutations
+pytest -m long tests/test_fuzz.py -s    2,000, with counts
 """
 
 import copy
@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data
+from tools.toy_coco import make_toy_coco
 
 STRANGE = (
     None, True, False, 0, 1, -1, 2, 0.5, 1e-9, -1e9, 10**30, 2**31, float("nan"), float("inf"), "",
@@ -32,7 +33,7 @@ def source(tmp_path_factory):
         folder, split = Path(os.environ["COCO_DIR"]), "val"
     else:
         folder, split = root / "toy", "train"
-        data.make_toy_coco(folder, train_images=24, val_images=4)
+        make_toy_coco(folder, train_images=24, val_images=4)
     texts = {}
     for kind in ("instances", "person_keypoints"):
         content = json.loads((folder / f"annotations/{kind}_{split}2017.json").read_text())
@@ -123,17 +124,21 @@ def read_independently(text, kind):
             sides = w, h, box[2] - box[0], box[3] - box[1]
             if a.get("iscrowd", 0) or min(sides) < 1e-3:
                 continue
+            segmentation = a.get("segmentation", [])
             label = 1 + sorted(categories).index(a["category_id"])
-            if isinstance(a["segmentation"], list):
-                polygons = [p for p in a["segmentation"] if len(p) >= 6]
+            if isinstance(segmentation, list):
+                polygons = [p for p in segmentation if len(p) >= 6]
                 mask = np.zeros((height, width), bool)
                 for rle in coco_mask.frPyObjects(polygons, height, width) if polygons else ():
                     mask |= coco_mask.decode(rle).astype(bool)
             else:
-                rle = a["segmentation"]
+                rle = segmentation
                 if isinstance(rle["counts"], list):
                     rle = coco_mask.frPyObjects(rle, height, width)
                 mask = coco_mask.decode(rle).astype(bool)
+            # An object without a polygon of three points, or whose RLE has no pixel, has no mask.
+            if not (polygons if isinstance(segmentation, list) else mask.any()):
+                continue
             points = []
             if kind == "person_keypoints":
                 points = np.array(a["keypoints"], float).reshape(17, 3)
@@ -160,7 +165,7 @@ def check_mutations(source, tmp_path, count):
                 root, path, training=True, keypoints=kind == "person_keypoints"
             )
             items = [dataset[k] for k in range(len(dataset))]
-        except data.DataError as error:  # and nothing else may come
+        except data.UserError as error:  # and nothing else may come
             message = str(error)
             assert message.count("\n") == 0 and message.endswith("."), message
             assert str(tmp_path) in message or str(root) in message or "mage" in message, message

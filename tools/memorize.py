@@ -27,15 +27,17 @@ class FirstImages(data.CocoDataset):
     """The first `count` images, by id, with at least three objects."""
 
     def __init__(self, root, count, training):
-        super().__init__(
-            f"{root}/train2017", f"{root}/annotations/instances_train2017.json", training
-        )
-        objects = [self._record(i)["objects"] for i in range(len(self))]
-        chosen = [i for i, o in enumerate(objects) if sum(not one["iscrowd"] for one in o) >= 3][
-            :count
-        ]
-        records = {self.image_ids[i]: self._record(i) for i in chosen}
-        self._store(records)
+        self.count = count
+        annotations = f"{root}/annotations/instances_train2017.json"
+        super().__init__(f"{root}/train2017", annotations, training)
+
+    def _read(self):
+        content = super()._read()
+        objects = [a["image_id"] for a in content["annotations"] if not a["iscrowd"]]
+        chosen = sorted(i for i in set(objects) if objects.count(i) >= 3)[: self.count]
+        for key, field in (("images", "id"), ("annotations", "image_id")):
+            content[key] = [entry for entry in content[key] if entry[field] in chosen]
+        return content
 
 
 def main():

@@ -454,7 +454,8 @@ def read(root, class_name):
     }
     for name, (reader, files, keeps_empty) in layouts.items():
         seen = set()
-        for path, split, objects, size in tqdm(reader(source, files), unit="image", leave=False):
+        entries = tqdm(reader(source, files), unit="image", leave=False, disable=not files)
+        for path, split, objects, size in entries:
             seen.add(path)
             if path:
                 source.add(path, split, objects, size)
