@@ -240,8 +240,9 @@ def encode_boxes(truth, boxes):
 def decode_boxes(deltas, boxes):
     """The inverse of `encode_boxes`: deltas [..., 4] applied to boxes [..., 4] (broadcast)."""
     size = boxes[..., 2:] - boxes[..., :2]
-    centre = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size
-    half = 0.5 * size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    half = 0.5 * size
+    centre = boxes[..., :2] + half + deltas[..., :2] * size
+    half = half * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -968,10 +969,14 @@ class MaskRCNN(nn.Module):
         sizes = [tuple(image.shape[-2:]) for image in images]
         h, w = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
         batch = self.image_mean.new_zeros(len(images), 3, h, w)
+        mean, std = self.image_mean, self.image_std
+        mean_255, std_255 = mean * 255.0, std * 255.0
         for out, image, (h, w) in zip(batch, images, sizes):
-            scale = 1.0 if image.is_floating_point() else 255.0
             out = out[:, :h, :w]
-            torch.sub(image, self.image_mean * scale, out=out).div_(self.image_std * scale)
+            if image.is_floating_point():
+                torch.sub(image, mean, out=out).div_(std)
+            else:
+                torch.sub(image, mean_255, out=out).div_(std_255)
         return batch, sizes
 
     def features(self, batch):
