@@ -49,6 +49,7 @@ STEPS = int(os.environ.get("TINY_STEPS", 40))
 TINY = train.Recipe(
     model=NARROW,
     iterations=STEPS,
+    iterations_pretrained=STEPS,
     tails=(10, 4),
     batch_size=2,
     images_per_gpu=2,

@@ -31,13 +31,13 @@ def is_record(record):
     """Whether a line of JSON is one that train.py writes: a step or an evaluation."""
     if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
         return False
-    metrics = [
-        record[kind].get(name) for kind, name in STYLES if isinstance(record.get(kind), dict)
-    ]
-    values = [value for value in metrics if value is not None]
-    if "loss" in record:
-        values.append(record["loss"])
-    return all(isinstance(value, (int, float)) for value in values)
+    values = [record.get("loss")]
+    for kind, name in STYLES:
+        metrics = record.get(kind, {})
+        if not isinstance(metrics, dict):
+            return False
+        values.append(metrics.get(name))
+    return all(value is None or isinstance(value, (int, float)) for value in values)
 
 
 def read_log(run):
@@ -103,7 +103,7 @@ def plot(runs, output):
             if points:
                 label = f"{name}, {kind}"
                 left.plot(*zip(*points), style, color=color, marker=".", label=label)
-        steps = [(r["iteration"], r["loss"]) for r in records if "loss" in r]
+        steps = [(r["iteration"], r["loss"]) for r in records if r.get("loss") is not None]
         if steps:
             iterations, losses = zip(*steps)
             losses = smooth(losses, max(1, len(losses) // 50))
