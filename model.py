@@ -121,7 +121,7 @@ class Config:
         sizes = {len(sizes) for sizes in self.anchor_sizes}
         require(
             len(self.anchor_sizes) == levels and len(sizes) == 1,
-            f"anchor_sizes must be {levels} tuples of equal length, one for each level of features.",
+            f"anchor_sizes must be {levels} tuples of equal length, one for each feature level.",
         )
         require(
             self.box_class_agnostic or not self.cascade,
@@ -1214,7 +1214,7 @@ class Samples(NamedTuple):
 
 
 def select_samples(parts, mask, table):
-    """Those of parts [B, S, ...] in the mask [B, S], of which image i has table[i][l] on level l."""
+    """Those of parts [B, S, ...] in the mask [B, S]; image i has table[i][l] of them on level l."""
     image_counts = [sum(row) for row in table]
     level_counts = [sum(column) for column in zip(*table)]
     # mask.nonzero() would wait for the device again: the True are sorted to the front instead.
