@@ -16,6 +16,7 @@ import multiprocessing.queues
 import os
 import re
 import signal
+import sys
 import threading
 import warnings
 from xml.etree import ElementTree
@@ -45,9 +46,8 @@ class CocoDataset(Dataset):
     no labelled keypoint) remains, as Detectron does: 117,266 of train2017's 118,287 images stay.
     keep_empty: keep images without any annotation, as background. subset: keep that many images.
 
-    Attributes: the images' `image_ids`, `widths`, `heights`; the labels' `classes`, `category_ids`;
-    the numbers of objects, of images left out, and of objects without a mask: `num_objects`,
-    `num_dropped`, `num_without_mask`. Raises UserError for what is wrong in the files.
+    Attributes: `image_ids`, `widths`, `heights`; `classes`, `category_ids`; `num_objects`,
+    `num_dropped` images, `num_without_mask` objects. Raises UserError for what is wrong in a file.
     """
 
     metric = "coco"
@@ -60,7 +60,7 @@ class CocoDataset(Dataset):
         self.training = training
         self.masks = masks
         self.keypoints = keypoints
-        for path in (self.annotation_file, self.image_dir):
+        for path in (annotation_file, image_dir):
             if not os.path.exists(path):
                 raise UserError(f"{path} does not exist; check folder and split, or {CONVERT}.")
         self._index(**choice)
@@ -342,8 +342,8 @@ def resize_keypoints(keypoints, old_size, new_size, flip):
 def paint_segmentation(mask, segmentation, old_size, flip):
     """Paint a COCO segmentation of an image of old_size (H, W) into mask, mirrored if flip.
 
-    mask: a zero uint8 array [h, w], the image at its new size. segmentation: polygons or RLE that
-    `segmentation_problem` has found to be sound, for pycocotools trusts what it is given.
+    mask: a zero uint8 array [h, w], the image at its new size. segmentation: polygons or RLE in
+    which `segmentation_problem` finds nothing wrong, for pycocotools trusts what it is given.
     """
     if isinstance(segmentation, list):
         polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
@@ -399,7 +399,7 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
 def image_seed(seed, iteration, position):
     """The seed of one image of the batch: a hash, int in [0, 2**63).
 
-    position: of the image in the whole batch, rank * images_per_gpu + j. SplitMix64's mixing
+    position: rank * images_per_gpu + j, of the image in the whole batch. SplitMix64's mixing
     function (Steele et al., 2014), applied to one number after the other.
     """
     value = 0
@@ -532,10 +532,9 @@ def worker_init(_):
     Signals that reach the whole group of processes are the main process's to answer: it ends the
     workers in order. A worker whose main process is gone ends, even if it waits for a full pipe.
     """
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # on Linux
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
@@ -544,7 +543,7 @@ def worker_init(_):
 def _end_with_parent():
     """End this worker when the main process is gone or sends a SIGTERM, and by no other SIGTERM."""
     parent = multiprocessing.parent_process()
-    if not hasattr(signal, "sigtimedwait"):
+    if sys.platform != "linux":
         parent.join()
     while parent.is_alive():
         received = signal.sigtimedwait({signal.SIGTERM}, 1)  # seconds
@@ -614,7 +613,7 @@ def read_image(path, width=None, height=None, image_id=None):
                 array = np.array(_to_rgb(image))
     except Exception as error:  # a damaged file can make a decoder fail in any way
         problem = f"{where} cannot be used ({first_line(error)})"
-        raise UserError(f"{problem}; replace or remove it.") from None
+        raise UserError(f"{problem}; replace the file or remove its entry.") from None
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
@@ -688,8 +687,8 @@ def complete_coco(content, file, masks=False, keypoints=False):
     """Check the content of a COCO annotation file and return it with what it may leave out.
 
     A file without "annotations" (COCO's test splits) is one without objects. "iscrowd" is 0 and
-    "area" that of the box. A segmentation that covers nothing becomes []; polygons of fewer than
-    three points are left out, as in Detectron2.
+    "area" that of the box. Polygons of fewer than three points are left out, as in Detectron2, and
+    a segmentation that covers nothing becomes [].
     """
     for problem in coco_problems(content, file, masks, keypoints):
         raise UserError(problem)
@@ -697,12 +696,11 @@ def complete_coco(content, file, masks=False, keypoints=False):
     for annotation in content["annotations"]:
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        segmentation = annotation.pop("segmentation", [])
-        if masks and isinstance(segmentation, list):
-            annotation["segmentation"] = [polygon for polygon in segmentation if len(polygon) > 5]
+        shape = annotation.pop("segmentation", [])
+        if masks and isinstance(shape, list):
+            annotation["segmentation"] = [polygon for polygon in shape if len(polygon) >= 6]
         elif masks:
-            empty = not any(run_lengths(segmentation)[1::2])
-            annotation["segmentation"] = [] if empty else segmentation
+            annotation["segmentation"] = shape if any(run_lengths(shape)[1::2]) else []
     return content
 
 

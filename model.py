@@ -11,6 +11,7 @@ is a unit square, the whole image is [0, 0, width, height], and nothing ever add
 background, 1..K are the classes. In shape comments, B: images of the batch, A: anchors of an image,
 G: ground-truth objects of the image that has most, N: boxes of an image, P: proposals of an image,
 S: slots for samples of an image, R: RoIs of all images together, C: channels, K: classes.
+"Choice 1" and so on are decisions where the paper is silent: docs/paper-map.md.
 """
 
 import contextlib
@@ -30,6 +31,12 @@ from torchvision.ops import roi_align
 
 from norms import NORMS, make_norm
 
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
 # ------------------------------------------------------------------------------------------------
 # Every number of the detector
 # ------------------------------------------------------------------------------------------------
@@ -37,7 +44,7 @@ from norms import NORMS, make_norm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every number of the detector. The defaults are the paper's R50-FPN with GN and Detectron's.
+    """Every number of the detector. Defaults: the paper's R50-FPN with GN, as Detectron has it.
 
     Raises ValueError, naming the field, for a value that cannot be meant (see RANGES).
     """
@@ -101,27 +108,25 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            check_setting(field.name, getattr(self, field.name), field.default)
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}.")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}.")
+            low, high = RANGES.get(field.name, (0, 1) if field.type is float else (1, 20_000))
+            numbers = "" if field.type in (bool, str) else f", with numbers from {low} to {high}"
+            any_length = field.name in ("anchor_sizes", "anchor_ratios")
+            require(
+                has_form(getattr(self, field.name), field.default, low, high, any_length),
+                f"{field.name} must be of the form {field.default!r}{numbers}.",
+            )
+        require(self.backbone in BACKBONES, f"backbone must be one of {', '.join(BACKBONES)}.")
+        require(self.norm in NORMS, f"norm must be one of {', '.join(NORMS)}.")
         levels = 1 if self.backbone == "vgg16" else 5
-        if len(self.anchor_sizes) != levels:
-            raise ValueError(
-                f"anchor_sizes must be a tuple of {levels} tuples, one for each level of "
-                f"{self.backbone}'s features."
-            )
-        if len({len(sizes) for sizes in self.anchor_sizes}) != 1:
-            raise ValueError(
-                "anchor_sizes must have as many sizes on one level as on another, since all levels "
-                "share the RPN's convolutions."
-            )
-        if self.cascade and not self.box_class_agnostic:
-            raise ValueError(
-                "cascade needs box_class_agnostic=True: each stage hands one box per RoI to the "
-                "next."
-            )
+        sizes = {len(sizes) for sizes in self.anchor_sizes}
+        require(
+            len(self.anchor_sizes) == levels and len(sizes) == 1,
+            f"anchor_sizes must be {levels} tuples of equal length, one for each level of features.",
+        )
+        require(
+            self.box_class_agnostic or not self.cascade,
+            "cascade needs box_class_agnostic: each stage hands one box of a RoI to the next.",
+        )
 
 
 # What a name of a backbone changes. The paper's "ResNeXt-152 8x32d" has 8 groups of 32 (4.24 times
@@ -133,7 +138,9 @@ BACKBONES = {
     "resnext152_8x32d": {"blocks": (3, 8, 36, 3), "groups": 8, "width_per_group": 32},
     "resnext152_32x8d": {"blocks": (3, 8, 36, 3), "groups": 32, "width_per_group": 8},
     # Faster R-CNN without FPN and norm (Sec. 5.1 "Models without BN/GN", Choice 8): Detectron's
-    # anchors and numbers of proposals off FPN, VGG's two fc layers.
+    # anchors and numbers of proposals off FPN, VGG's two fc layers. Its images are divided by their
+    # deviation: otherwise, with no norm to rescale inputs of RMS 59, the recipe diverges within
+    # five steps from random weights.
     "vgg16": {
         "anchor_sizes": ((64.0, 128.0, 256.0, 512.0),),
         "rpn_pre_nms_top_n_train": 12000,
@@ -142,73 +149,60 @@ BACKBONES = {
         "box_head_convs": 0,
         "box_head_fcs": 2,
         "box_head_fc_channels": 4096,
-        # Here images are divided by their deviation. Without it, and with no norm to rescale
-        # inputs of RMS 59, the recipe diverges within five steps from random weights (Choice 8).
         "image_std": (58.395 / 255, 57.12 / 255, 57.375 / 255),
     },
 }
 
-LENGTHS = {"image_mean": 3, "image_std": 3, "blocks": 4, "cascade_fg_iou_thresh": 2}
-LENGTHS |= {"bbox_reg_weights": 4}
-FRACTIONS = (
-    "image_mean", "rpn_nms_thresh", "rpn_fg_iou_thresh", "rpn_bg_iou_thresh",
-    "rpn_positive_fraction", "box_fg_iou_thresh", "cascade_fg_iou_thresh", "box_positive_fraction",
-    "box_score_thresh", "box_nms_thresh",
-)  # fmt: skip
-# The smallest and the largest value of numbers, and of the numbers in tuples. What is not here is
-# from 1 to 20,000.
-RANGES = dict.fromkeys(FRACTIONS, (0, 1)) | {
+# The smallest and the largest value of a number, or of the numbers in a tuple. For what is not
+# here: 0 to 1 (float), 1 to 20,000 (int).
+RANGES = {
     "keypoints": (0, 1000),
+    "image_mean": (0, 1),
     "image_std": (0.001, 1),
     "blocks": (1, 100),
     "freeze_at": (0, 5),
     "anchor_sizes": (1, 10_000),
     "anchor_ratios": (0.01, 100),
-    "rpn_smooth_l1_beta": (0, 100),
-    "box_smooth_l1_beta": (0, 100),
+    "cascade_fg_iou_thresh": (0, 1),
     "roi_sampling_ratio": (0, 16),
-    "box_roi_size": (1, 64),
-    "box_head_convs": (0, 16),
-    "box_head_fcs": (0, 16),
-    "mask_roi_size": (1, 64),
-    "mask_head_convs": (0, 16),
-    "keypoint_roi_size": (1, 64),
-    "keypoint_head_convs": (0, 16),
     "bbox_reg_weights": (0.01, 1000),
 }
+RANGES |= dict.fromkeys(("box_roi_size", "mask_roi_size", "keypoint_roi_size"), (1, 64))
+RANGES |= dict.fromkeys(("box_head_convs", "box_head_fcs", "mask_head_convs"), (0, 16))
+RANGES |= {"keypoint_head_convs": (0, 16)}
 
 
-def check_setting(name, value, default):
-    """Raise ValueError, naming the field, unless `value` is in range and of the default's form.
+def has_form(value, default, low, high, any_length):
+    """Whether `value` has the default's type and length, and numbers in low..high.
 
-    Values also come from files, so that this ends soon for everything that a file can hold.
+    Values also come from files: this ends soon for everything that a file can hold.
     """
     if type(default) in (bool, str):
-        if type(value) is not type(default):
-            what = "True or False" if default in (True, False) else "a string"
-            raise ValueError(f"{name} must be {what}.")
-        return
-    numbers, example, is_right = [value], default, True
-    while type(example) is tuple:
-        is_right = is_right and all(type(n) is tuple and 1 <= len(n) <= 20 for n in numbers)
-        numbers = [number for n in numbers for number in n] if is_right else []
-        example = example[0]
-    if name in LENGTHS:
-        is_right = is_right and len(numbers) == LENGTHS[name]
-    low, high = RANGES.get(name, (1, 20_000))
-    kinds = (int,) if type(example) is int else (int, float)
-    if not is_right or not all(type(n) in kinds and low <= n <= high for n in numbers):
-        kind = "whole numbers" if type(example) is int else "numbers"
-        raise ValueError(f"{name} must be of the form {default}, with {kind} from {low} to {high}.")
+        return type(value) is type(default)
+    if type(default) is tuple:
+        if type(value) is not tuple or not 1 <= len(value) <= 20:
+            return False
+        fits = any_length or len(value) == len(default)
+        return fits and all(has_form(v, default[0], low, high, any_length) for v in value)
+    kinds = (int, float) if type(default) is float else (int,)
+    return type(value) in kinds and low <= value <= high
 
 
 # ------------------------------------------------------------------------------------------------
-# Boxes: overlap, coding, clipping
+# Boxes: overlap, coding, clipping, suppression
 # ------------------------------------------------------------------------------------------------
 
 # A predicted box is at most 1000/16 times as large as its anchor: exp() of a wild early prediction
 # would overflow. (Detectron: BBOX_XFORM_CLIP)
 MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+def box_areas(boxes):  # [..., 4] -> [...]
+    return (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+
+
+def has_area(boxes):  # [..., 4] -> [...] bool; False where a coordinate is not a number
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
 def pairwise_iou(truth, boxes):
@@ -225,38 +219,30 @@ def pairwise_iou(truth, boxes):
     return (intersection / union).nan_to_num_(nan=0.0)  # 0 / 0: neither has an area
 
 
-def box_areas(boxes):  # [..., 4] -> [...]
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-def encode_boxes(truth, boxes, weights):
+def encode_boxes(truth, boxes):
     """Regression targets (dx, dy, dw, dh) that turn `boxes` into `truth`; all [..., 4].
 
-    R-CNN's parametrization, of boxes with centre (x, y) and size (w, h), * marking the truth:
+    R-CNN's parametrization. With centre (x, y) and size (w, h) of a box, and * for the truth:
 
-        dx = wx (x* - x) / w    dy = wy (y* - y) / h    dw = ww log(w* / w)    dh = wh log(h* / h)
+        dx = (x* - x) / w    dy = (y* - y) / h    dw = log(w* / w)    dh = log(h* / h)
 
-    which does not change when image and boxes are scaled. `weights` (wx, wy, ww, wh) divide each
-    target by its usual spread, so that all four count alike in the loss: of a proposal with
-    IoU > 0.5 the centre is off by about 0.1 of the size, and the size by a factor of about e^0.2,
-    hence 10, 10, 5, 5. RPN: 1, 1, 1, 1. (Detectron: BBOX_REG_WEIGHTS)
+    which scaling the image does not change. The box head's targets are multiplied by weights of one
+    over their usual spread, so that all four count alike in the loss: the centre of a proposal is
+    off by about 0.1 of its size, and its size by a factor of about e^0.2, hence 10, 10, 5, 5.
     """
     size = boxes[..., 2:] - boxes[..., :2]
     centre = boxes[..., :2] + 0.5 * size
     truth_size = truth[..., 2:] - truth[..., :2]
     truth_centre = truth[..., :2] + 0.5 * truth_size
-    dx, dy = ((truth_centre - centre) / size).unbind(dim=-1)
-    dw, dh = torch.log(truth_size / size).unbind(dim=-1)
-    wx, wy, ww, wh = weights
-    return torch.stack([dx * wx, dy * wy, dw * ww, dh * wh], dim=-1)
+    return torch.cat([(truth_centre - centre) / size, torch.log(truth_size / size)], dim=-1)
 
 
-def decode_boxes(deltas, boxes, weights):
+def decode_boxes(deltas, boxes):
     """The inverse of `encode_boxes`: deltas [..., 4] applied to boxes [..., 4] (broadcast)."""
-    dx, dy, dw, dh = (d / w for d, w in zip(deltas.unbind(dim=-1), weights))
     size = boxes[..., 2:] - boxes[..., :2]
-    centre = boxes[..., :2] + 0.5 * size + torch.stack([dx, dy], dim=-1) * size
-    half = 0.5 * size * torch.stack([dw, dh], dim=-1).clamp(max=MAX_LOG_SCALE).exp()
+    half = 0.5 * size
+    centre = boxes[..., :2] + half + deltas[..., :2] * size
+    half = half * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -271,37 +257,31 @@ def image_limits(sizes, device):
     return limits[:, None].to(device, non_blocking=True)
 
 
-def has_area(
-    boxes,
-):  # [..., 4] -> [...] bool; False for a box with a coordinate that is not a number
-    return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-
-
 def nms(boxes, scores, groups, threshold, most):
     """Non-maximum suppression: the up to `most` best boxes of each image that survive it.
 
     From the best box to the worst, a box is kept unless its IoU with a better one that was kept, of
     its own group, is above `threshold`. boxes [B, N, 4]; scores [B, N], -inf for what is no
-    candidate; groups [B, N] int64. Returns index [B, min(most, N)] into N, best first (of equal
-    scores the first), and a list: how many of them are valid in each image.
+    candidate; groups [B, N] int64. Returns index [B, min(most, N)] into N, best first, and a list:
+    how many of them are valid in each image.
     """
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    boxes, groups, candidate = take(boxes, order), take(groups, order), scores > -math.inf
+    sorted_scores, order = scores.sort(dim=1, descending=True, stable=True)
+    boxes, groups, candidate = take(boxes, order), take(groups, order), sorted_scores > -math.inf
     # No box depends on a worse one, and on COCO the first 1,000 survivors lie among the best 1,100
     # to 1,450 boxes: so the others are looked at only where too few survive.
     n = scores.shape[1]
     best = min(max(2 * most, 1000), n)
     suppress = nms_in_rounds if boxes.is_cuda else nms_one_by_one
-    part = (x[:, :best] for x in (boxes, groups, candidate))
-    keep, settled = suppress(*part, threshold)
-    counts = keep.sum(dim=1)
-    enough = ((counts >= most) | ~candidate[:, best - 1]).all() if best < n else settled
-    done, *counts = torch.cat([(settled & enough)[None], counts]).tolist()  # waits for the device
-    if not done:
+    keep, settled = suppress(boxes[:, :best], groups[:, :best], candidate[:, :best], threshold)
+    numbers = torch.stack([keep.sum(dim=1), candidate[:, best - 1], settled.expand(len(keep))])
+    counts, more, settled = numbers.tolist()  # waits for the device
+    too_few = best < n and any(c < most and m for c, m in zip(counts, more))
+    if too_few or not settled[0]:
         keep, _ = nms_one_by_one(boxes, groups, candidate, threshold)
         counts = keep.sum(dim=1).tolist()
-    kept_first = (~keep).long().argsort(dim=1, stable=True)[:, :most]
-    return take(order, kept_first), [min(count, most) for count in counts]
+    keep = torch.zeros_like(candidate).scatter(1, order[:, : keep.shape[1]], keep)
+    index = scores.masked_fill(~keep, -math.inf).topk(min(most, n)).indices
+    return index, [min(count, most) for count in counts]
 
 
 def nms_one_by_one(boxes, groups, candidate, threshold):
@@ -311,24 +291,26 @@ def nms_one_by_one(boxes, groups, candidate, threshold):
     for i in range(len(boxes)):
         for group in groups[i].unique():
             here = ((groups[i] == group) & candidate[i]).nonzero()[:, 0]
-            keep[i, here[torchvision.ops.nms(boxes[i, here], ranks[here], threshold)]] = True
-    return keep, torch.ones_like(keep[0, 0])
+            kept = torchvision.ops.nms(boxes[i, here], ranks[here], threshold)
+            keep[i, here[kept]] = True
+    return keep, candidate.new_ones(())
 
 
-def nms_in_rounds(boxes, groups, candidate, threshold, rounds=16):
-    """The same without going through the boxes, and waiting for the device in each group.
+def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
+    """The same for a GPU, which would go through boxes slowly and wait for the host in each group.
 
-    "Kept unless a kept one suppresses it" is repeated, from "all are kept" on, until nothing
-    changes. The best box is right from the start, and each round makes right at least the next one;
-    on COCO 3 to 10 rounds do for all. Returns also whether nothing changed in the last round.
+    "Dropped if a box that is not dropped suppresses it" is repeated, starting from "none is
+    dropped", until nothing changes. The best box is right from the start, and each round makes
+    right at least the next one; on COCO 3 to 10 rounds do for all. Returns also whether nothing
+    changed in the last round.
     """
-    suppresses = (pairwise_iou(boxes, boxes) > threshold) & (groups[:, :, None] == groups[:, None])
+    same_group = groups[:, :, None] == groups[:, None]
+    suppresses = (pairwise_iou(boxes, boxes) > threshold) & same_group
     suppresses = suppresses.triu(diagonal=1)  # [B, N, N]: the better box, the worse one
-    keep = candidate
+    before = dropped = torch.zeros_like(candidate)
     for _ in range(rounds):
-        before = keep
-        keep = candidate & ~(suppresses & before[:, :, None]).any(dim=1)
-    return keep, (keep == before).all()
+        before, dropped = dropped, (suppresses > dropped[:, :, None]).any(dim=1)
+    return candidate & ~dropped, (dropped == before).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,8 +323,7 @@ class Truth(NamedTuple):
 
     boxes: torch.Tensor  # [B, G, 4]
     labels: torch.Tensor  # [B, G] int64
-    present: torch.Tensor  # [B, G] bool; False for padding
-    valid: torch.Tensor  # [B, G] bool; False also for a box without area: it has no regression
+    valid: torch.Tensor  # [B, G] bool; False for padding and for boxes without area
 
 
 def pad_targets(targets, device):
@@ -350,16 +331,14 @@ def pad_targets(targets, device):
 
     G is at least 1, so that a batch without any object needs no case of its own.
     """
-    most = max([1] + [len(t["boxes"]) for t in targets])
+    most = max([1] + [len(target["boxes"]) for target in targets])
     boxes = torch.zeros(len(targets), most, 4, device=device)
-    labels = torch.zeros(len(targets), most, dtype=torch.int64, device=device)
+    labels = torch.ones(len(targets), most, dtype=torch.int64, device=device)
     for i, target in enumerate(targets):
         n = len(target["boxes"])
         boxes[i, :n] = target["boxes"]
         labels[i, :n] = target["labels"]
-    counts = torch.tensor([[len(t["boxes"])] for t in targets])  # [B, 1]
-    present = (torch.arange(most) < counts).to(device, non_blocking=True)
-    return Truth(boxes, labels, present, has_area(boxes))
+    return Truth(boxes, labels, has_area(boxes))
 
 
 def match_boxes(truth, boxes, threshold):
@@ -369,41 +348,38 @@ def match_boxes(truth, boxes, threshold):
     """
     iou = pairwise_iou(truth.boxes, boxes).masked_fill_(~truth.valid[..., None], -1)  # [B, G, N]
     best, matched = iou.max(dim=1)
-    return matched, torch.where(best >= threshold, take(truth.labels, matched), 0)
+    return matched, take(truth.labels, matched).masked_fill_(best < threshold, 0)
 
 
 def sampling_seeds(targets, device):
-    """An int64 seed for each image [B]: the target's "seed", or torch's generator if it has none.
+    """A seed of 32 bits for the anchors and one for the RoIs of each image: two of [B] int64.
 
-    The seed's route: data.image_seed makes it of (seed of the run, iteration, position in the
-    batch); it travels in the target; `sample` makes of it the numbers below.
+    The seed's route: data.image_seed makes it from the run's seed, the iteration and the image's
+    place in the batch; it travels in the target, whose "seed" this reads (without one, torch's
+    generator is asked); `sample` draws with it.
     """
     seeds = [t["seed"] if "seed" in t else int(torch.randint(2**62, ())) for t in targets]
-    return torch.tensor(seeds, dtype=torch.int64).to(device, non_blocking=True)
+    salts = (0x632BE5AB, 2 * 0x632BE5AB)  # (any two numbers: they keep the two apart)
+    salted = [[((s ^ (s >> 32)) + salt) & 0xFFFFFFFF for s in seeds] for salt in salts]
+    return torch.tensor(salted).to(device, non_blocking=True).unbind()
 
 
-# An image's anchors and its RoIs are drawn from the same seed, with one of these added.
-SALT_ANCHORS, SALT_ROIS = 1, 2
+def random_keys(seeds, n):
+    """Uniform int64 numbers [B, n] in 0..2^32 - 1, a function of (seed [B], position) alone.
 
-
-def random_keys(seeds, n, salt):
-    """Uniform int64 numbers [B, n] in 1..2^32, a function of (seed [B], salt, position) alone.
-
-    A counter-based generator, as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3":
-    it hashes the position. It has no state, and hence is the same on every device, for every number
-    of workers, and after a resume. The hash of 32 bits is C. Wellons's lowbias32 ("Prospecting for
-    hash functions", nullprogram.com, 2018) with shifts of 16 bits; 0x9E3779B9 is 2^32 / the golden
-    ratio, the step of Knuth's multiplicative hashing; 0x632BE5AB keeps the salts apart.
+    A counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"): it
+    hashes the position. It has no state, and hence is the same on every device, for every number
+    of workers, and after a resume. The hash is C. Wellons's lowbias32 ("Prospecting for hash
+    functions", nullprogram.com) with shifts of 16; 0x9E3779B9 is 2^32 over the golden ratio.
     """
     mask = 0xFFFFFFFF  # the arithmetic is modulo 2^32
-    start = (seeds ^ (seeds >> 32)) + salt * 0x632BE5AB
-    x = (start[:, None] + torch.arange(n, device=seeds.device) * 0x9E3779B9) & mask
+    x = (seeds[:, None] + torch.arange(0, n * 0x9E3779B9, 0x9E3779B9, device=seeds.device)) & mask
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = ((x ^ (x >> 16)) * multiplier) & mask
-    return (x ^ (x >> 16)) + 1
+    return x ^ (x >> 16)
 
 
-def sample(labels, batch_size, positive_fraction, seeds, salt):
+def sample(labels, batch_size, positive_fraction, seeds):
     """Choose up to `batch_size` candidates of each image, at most `positive_fraction` positive.
 
     labels: [B, N] int64; > 0 positive, 0 negative, < 0 never chosen. Negatives make up for missing
@@ -413,14 +389,14 @@ def sample(labels, batch_size, positive_fraction, seeds, salt):
     slots for the most positives and then for `batch_size` negatives: shapes are static, so that
     nothing waits for the device.
     """
-    keys = random_keys(seeds, labels.shape[1], salt)
+    keys = random_keys(seeds, labels.shape[1])
     most_positive = min(int(batch_size * positive_fraction), labels.shape[1])
-    # The candidates with the largest keys are chosen; a key of 0 marks what is none.
-    key, positive = torch.where(labels > 0, keys, 0).topk(most_positive)
-    positive_valid = key > 0
-    key, negative = torch.where(labels == 0, keys, 0).topk(min(batch_size, labels.shape[1]))
+    # The candidates with the largest keys are chosen; -1 marks what is none.
+    key, positive = keys.masked_fill(labels <= 0, -1).topk(most_positive)
+    positive_valid = key >= 0
+    key, negative = keys.masked_fill(labels != 0, -1).topk(min(batch_size, labels.shape[1]))
     room = batch_size - positive_valid.sum(dim=1, keepdim=True)  # [B, 1]
-    negative_valid = (key > 0) & (torch.arange(key.shape[1], device=key.device) < room)
+    negative_valid = (key >= 0) & (torch.arange(key.shape[1], device=key.device) < room)
     index = torch.cat([positive, negative], dim=1)
     return index, torch.cat([positive_valid, negative_valid], dim=1)
 
@@ -430,11 +406,6 @@ def take(x, index):
     for _ in range(x.dim() - 2):
         index = index[..., None]
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
-
-
-def true_positions(mask, count):
-    """Positions of the `count` True in the flattened mask; nonzero() would wait for the count."""
-    return (~mask).flatten().long().argsort(stable=True)[:count]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,9 +461,7 @@ class Backbone(nn.Module):
     weights it must be 0: frozen random layers cost 3.3 AP (R50, 3x).
     """
 
-    # ResNet: compute stem and res2 again in the backward pass instead of keeping their maps, which
-    # are a quarter of the memory of a training step, and 2 % of its multiplications.
-    recompute = False
+    recompute = False  # of ResNet: see its forward
 
     def freeze(self, stages, freeze_at):
         self.frozen = stages[:freeze_at]
@@ -507,37 +476,32 @@ class Backbone(nn.Module):
 
 
 class ResNet(Backbone):
-    """ResNet or ResNeXt (`config`: blocks, groups, width_per_group, stem_width, ...); res2..res5.
-
-    Stage i has 4, 8, 16, 32 times `stem_width` channels, at strides 4, 8, 16, 32.
-    """
+    """ResNet or ResNeXt; res2..res5, at strides 4, 8, 16, 32."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.norm = config.norm
         self.strides = [4, 8, 16, 32]
+        self.channels = [config.stem_width * 4 * 2**i for i in range(4)]
         self.stem = ConvNorm(3, config.stem_width, 7, config.norm, stride=2)
-        self.channels = []
         inputs = config.stem_width
-        for i, blocks in enumerate(config.blocks):
-            outputs = config.stem_width * 4 * 2**i
-            width = config.groups * config.width_per_group * 2**i
+        for i, outputs in enumerate(self.channels):
             stage = nn.Sequential()
-            for j in range(blocks):
+            width = config.groups * config.width_per_group * 2**i
+            for j in range(config.blocks[i]):
                 stride = 2 if i > 0 and j == 0 else 1
-                block = Bottleneck(
-                    inputs, width, outputs, config.norm, stride, config.groups, config.stride_in_1x1
-                )
-                stage.append(block)
+                convs = (inputs, width, outputs, config.norm, stride)
+                stage.append(Bottleneck(*convs, config.groups, config.stride_in_1x1))
                 inputs = outputs
             setattr(self, f"res{i + 2}", stage)
-            self.channels.append(outputs)
         stages = [self.stem, self.res2, self.res3, self.res4, self.res5]
         self.freeze(stages, config.freeze_at)
 
     def forward(self, x):  # [B, 3, H, W]
-        # (Statistics of a batch would be taken twice.)
-        if self.training and self.recompute and self.config.norm not in ("bn", "syncbn"):
+        # The maps of stem and res2 are a quarter of the memory of a step and 2 % of its work. With
+        # `recompute` they are computed again in the backward pass instead of kept; not with
+        # statistics of the batch, which would be taken twice.
+        if self.training and self.recompute and self.norm not in ("bn", "syncbn"):
             res2 = checkpoint(self.to_res2, x, use_reentrant=False, preserve_rng_state=False)
         else:
             res2 = self.to_res2(x)  # [B, 256, H / 4, W / 4]
@@ -555,7 +519,7 @@ class ResNet(Backbone):
 class VGG16(Backbone):
     """VGG-16 up to conv5_3 at stride 16, its only level (Sec. 5.1 "Models without BN/GN").
 
-    From random weights all of it is trained (Choice 8; Detectron's VGG stops gradients at pool2).
+    From random weights all of it is trained (Choice 8: Detectron's stops gradients at pool2).
     """
 
     def __init__(self, config):
@@ -569,8 +533,7 @@ class VGG16(Backbone):
                 stage.append(ConvNorm(inputs, multiple * config.stem_width, 3, config.norm))
                 inputs = multiple * config.stem_width
             setattr(self, f"conv{i + 1}", stage)
-        stages = [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
-        self.freeze(stages, config.freeze_at)
+        self.freeze([self.conv1, self.conv2, self.conv3, self.conv4, self.conv5], config.freeze_at)
 
     def forward(self, x):  # [B, 3, H, W]
         x = self.conv1(x)  # [B, 64, H, W]
@@ -587,8 +550,8 @@ class VGG16(Backbone):
 class FPN(nn.Module):
     """res2..res5 to P2..P6, all with `channels` channels (Lin et al., CVPR 2017).
 
-    With "gn", "syncbn" or "bn" the lateral and the output convolutions are normalized, without
-    ReLU. P6, for the RPN's largest anchors, is every second pixel of the normalized P5.
+    The lateral and the output convolutions are normalized ("gn", "syncbn", "bn"), without ReLU.
+    P6, for the RPN's largest anchors, is every second pixel of the normalized P5.
     """
 
     def __init__(self, inputs, channels, norm):
@@ -631,13 +594,24 @@ def make_anchors(shapes, strides, sizes, ratios, device):
     return anchors
 
 
+@functools.lru_cache(maxsize=32)
+def level_columns(shapes, device):
+    """The level of each of the best anchors [N], and its first anchor [N]; shapes: (all, best)."""
+    levels, starts, start = [], [], 0
+    for i, (all_anchors, best) in enumerate(shapes):
+        levels += [i] * best
+        starts += [start] * best
+        start += all_anchors
+    return torch.tensor([levels, starts]).to(device, non_blocking=True).unbind()
+
+
 class RPN(nn.Module):
     """Region proposal network: objectness and a box for every anchor. No norm here (Detectron)."""
 
     def __init__(self, config, channels, strides):
         super().__init__()
         self.config = config
-        self.strides = strides
+        self.strides = tuple(strides)
         per_location = len(config.anchor_sizes[0]) * len(config.anchor_ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, per_location, 1)
@@ -648,15 +622,15 @@ class RPN(nn.Module):
         objectness, deltas = [], []
         for level in features:  # [B, C, h, w]
             x = self.conv(level).relu_()
-            # In float32 under autocast too: bfloat16 would give many anchors the same logit.
+            # In float32 under autocast too: in bfloat16 many anchors would have the same logit.
             with torch.autocast(x.device.type, enabled=False):
-                level_objectness = self.objectness(x.float())  # [B, 3, h, w]
+                level_objectness = self.objectness(x.float()).permute(0, 2, 3, 1)  # [B, h, w, 3]
                 level_deltas = self.deltas(x.float()).permute(0, 2, 3, 1)  # [B, h, w, 3 * 4]
-            objectness.append(level_objectness.permute(0, 2, 3, 1).flatten(1))
+            objectness.append(level_objectness.flatten(1))
             deltas.append(level_deltas.reshape(len(x), -1, 4))
         shapes = tuple(tuple(level.shape[-2:]) for level in features)
         sizes, ratios = self.config.anchor_sizes, self.config.anchor_ratios
-        anchors = make_anchors(shapes, tuple(self.strides), sizes, ratios, features[0].device)
+        anchors = make_anchors(shapes, self.strides, sizes, ratios, features[0].device)
         return objectness, deltas, anchors
 
     @torch.no_grad()
@@ -670,24 +644,21 @@ class RPN(nn.Module):
         if self.training:
             before, after = c.rpn_pre_nms_top_n_train, c.rpn_post_nms_top_n_train
         # 1) the best anchors of each level, as indices into all levels together
-        scores, index, levels = [], [], []
-        start = 0
-        for i, level_objectness in enumerate(objectness):
-            score, best = level_objectness.topk(min(before, level_objectness.shape[1]))
-            scores.append(score)
-            index.append(best + start)
-            levels.append(torch.full_like(best, i))
-            start += level_objectness.shape[1]
-        scores, index, levels = (torch.cat(x, dim=1) for x in (scores, index, levels))  # [B, N]
-        # 2) their boxes
+        best = [x.topk(min(before, x.shape[1])) for x in objectness]
+        scores = torch.cat([b.values for b in best], dim=1)  # [B, N]
+        shapes = tuple((x.shape[1], b.values.shape[1]) for x, b in zip(objectness, best))
+        levels, starts = level_columns(shapes, scores.device)
+        index = torch.cat([b.indices for b in best], dim=1) + starts
+        # 2) their boxes; one outside the image is clipped to nothing (Detectron also leaves out
+        #    those with their centre outside: Choice 10)
         deltas = take(torch.cat(deltas, dim=1), index)  # [B, N, 4]
-        boxes = decode_boxes(deltas, torch.cat(anchors)[index], (1.0, 1.0, 1.0, 1.0))
+        boxes = decode_boxes(deltas, torch.cat(anchors)[index])
         boxes = clip_boxes(boxes, image_limits(sizes, boxes.device))
-        # A box outside the image is clipped to nothing. (Detectron also drops boxes whose centre is
-        # outside the image: Choice 10.)
         scores = scores.masked_fill(~has_area(boxes), -math.inf)
-        # 3) those that survive NMS, which leaves levels alone with one another
-        index, counts = nms(boxes, scores, levels, c.rpn_nms_thresh, after)
+        # 3) those that survive NMS, in which levels leave one another alone
+        index, counts = nms(
+            boxes, scores, levels.expand_as(index), c.rpn_nms_thresh, after
+        )  # [B, P]
         valid = torch.arange(index.shape[1]) < torch.tensor(counts)[:, None]
         return take(boxes, index), valid.to(boxes.device, non_blocking=True)
 
@@ -699,30 +670,35 @@ class RPN(nn.Module):
         with torch.no_grad():
             matched, labels = self.match(anchors, truth)
             batch_size, fraction = c.rpn_batch_size_per_image, c.rpn_positive_fraction
-            index, valid = sample(labels, batch_size, fraction, seeds, SALT_ANCHORS)  # [B, S]
+            index, valid = sample(labels, batch_size, fraction, seeds)  # [B, S]
             positive = take(labels, index).eq(1) & valid
             # Slots that are not positive get their own anchor as target: finite, and then masked.
             boxes = anchors[index]  # [B, S, 4]
             box_truth = take(truth.boxes, take(matched, index))
             box_truth = torch.where(positive[..., None], box_truth, boxes)
-            box_targets = encode_boxes(box_truth, boxes, (1.0, 1.0, 1.0, 1.0))
+            box_targets = encode_boxes(box_truth, boxes)
         logits = take(objectness, index)  # [B, S]
-        loss = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
-        box_loss = smooth_l1(take(deltas, index), box_targets, c.rpn_smooth_l1_beta)  # [B, S, 4]
-        # Both are divided by 256 anchors an image, also where fewer were drawn.
-        denominator = batch_size * len(index)
+        loss = F.binary_cross_entropy_with_logits(
+            logits, positive.float(), weight=valid.float(), reduction="sum"
+        )
+        # Smooth L1 of the error d: d^2 / (2 beta) below beta, |d| - beta / 2 above. However far off
+        # a box is, its gradient is at most 1. Targets that no weights blow up have a smaller beta.
+        box_loss = F.smooth_l1_loss(
+            take(deltas, index), box_targets, reduction="none", beta=c.rpn_smooth_l1_beta
+        )  # [B, S, 4]
+        denominator = batch_size * len(index)  # 256 anchors an image, also where fewer were drawn
         return {
-            "loss_objectness": (loss * valid).sum() / denominator,
+            "loss_objectness": loss / denominator,
             "loss_rpn_box_reg": (box_loss * positive[..., None]).sum() / denominator,
         }
 
     def match(self, anchors, truth):
         """For anchors [A, 4]: index of the best object [B, A], label [B, A]: 1, 0, -1 (not used).
 
-        Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more. Without these
+        Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more: without these
         "low-quality matches" (Faster R-CNN, Sec. 3.1.2) an object of a shape between the anchors'
-        would have no anchor at all. Such an anchor still regresses to the object that it overlaps
-        most itself, which may be another one (Detectron, Detectron2). Negative: below 0.3 with all.
+        would have none. Such an anchor still regresses to the object that it overlaps most itself,
+        which may be another one (Detectron, Detectron2). Negative: IoU below 0.3 with all.
         """
         iou = pairwise_iou(truth.boxes, anchors[None])  # [B, G, A]
         iou.masked_fill_(~truth.valid[..., None], -1)
@@ -733,15 +709,6 @@ class RPN(nn.Module):
         highest = iou.max(dim=2, keepdim=True).values.clamp_(min=1e-6)  # [B, G, 1]
         labels[(iou >= highest).any(dim=1)] = 1
         return matched, labels
-
-
-def smooth_l1(x, target, beta):
-    """0.5 d^2 / beta where d = |x - target| < beta, d - 0.5 beta elsewhere; of each element.
-
-    Around 0 the gradient falls with the error; beyond beta it is 1, however far off a box is. RPN
-    targets are not divided by their spread as the box head's are, so that its beta is smaller.
-    """
-    return F.smooth_l1_loss(x, target, reduction="none", beta=beta)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -761,57 +728,51 @@ def roi_levels(boxes, strides):
     return level.clamp(lowest, highest).long() - lowest
 
 
-def count_by_level(levels, mask, strides):
-    """How many of the boxes in `mask` each image has on each level: [B, levels] int64."""
-    on_level = levels[..., None] == torch.arange(len(strides), device=levels.device)
-    return (on_level & mask[..., None]).sum(dim=1)
-
-
-def multilevel_roi_align(features, strides, rois, size, sampling_ratio, counts=None):
+def multilevel_roi_align(features, strides, rois, size, sampling_ratio, levels=None, counts=None):
     """RoIAlign over levels: [R, C, size, size] from P2..P5 (or one level) and rois [R, 5].
 
     RoIAlign (Mask R-CNN, Sec. 3) divides a box into size x size bins and averages each over
     sampling_ratio^2 points (0: as many as the bin has pixels), which it interpolates between the
-    four pixels around a point. Nothing is rounded to whole pixels. `aligned`: the value of pixel i
+    four pixels around a point: nothing is rounded to whole pixels. `aligned`: the value of pixel i
     is that at i + 1/2, its centre, as everywhere in this file.
 
-    counts: how many RoIs each level has, a list; without it, this waits for the device to count.
+    levels [R]: of each RoI; counts: how many RoIs each level has. To count, this waits.
     """
-
-    def align(feature, rois, stride):
-        return roi_align(feature.float(), rois, size, 1 / stride, sampling_ratio, aligned=True)
-
-    if len(features) == 1:
-        return align(features[0], rois, strides[0])
-    level = roi_levels(rois[:, 1:], strides)
-    order = level.argsort(stable=True)
-    if counts is None:
-        counts = count_by_level(level[None], torch.ones_like(level[None]).bool(), strides)[
-            0
-        ].tolist()
-    sorted_rois = rois[order].split(counts)
-    pooled = [align(f, r, stride) for f, r, stride in zip(features, sorted_rois, strides)]
-    return torch.cat(pooled).index_select(0, order.argsort())
+    if levels is None:
+        levels = roi_levels(rois[:, 1:], strides)
+        every_level = torch.arange(len(strides), device=levels.device)
+        counts = (levels[:, None] == every_level).sum(dim=0).tolist()
+    order = levels.argsort(stable=True)
+    pooled = [
+        roi_align(feature.float(), boxes, size, 1 / stride, sampling_ratio, aligned=True)
+        for feature, boxes, stride in zip(features, rois[order].split(counts), strides)
+    ]
+    pooled = torch.cat(pooled)
+    return torch.empty_like(pooled).index_copy_(0, order, pooled)  # back in the order of rois
 
 
 def to_rois(boxes):
-    """A list of [N, 4], one for each image, as RoIs [R, 5]: (image, x1, y1, x2, y2)."""
+    """Boxes [N, 4] of each image (a list, or [B, N, 4]) as [R, 5]: image, x1, y1, x2, y2."""
     return torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
+
+
+def conv_stack(count, inputs, width, norm):
+    """`count` 3x3 convolutions with norm and ReLU, and how many channels come out."""
+    convs = [ConvNorm(width if i else inputs, width, 3, norm) for i in range(count)]
+    return nn.Sequential(*convs), width if count else inputs
 
 
 class BoxHead(nn.Module):
     """Pooled RoIs to class logits [R, K + 1] and box deltas [R, K or 1, 4].
 
     4 conv 3x3 + 1 fc where there is a norm ("4conv1fc", Sec. 4 "Architecture" and the GN paper), 2
-    fc where there is none. The classifier is a softmax over the classes and background.
+    fc where there is none. The classifier is a softmax over background and the classes.
     """
 
     def __init__(self, config, channels, norm):
         super().__init__()
-        self.convs = nn.Sequential()
-        for _ in range(config.box_head_convs):
-            self.convs.append(ConvNorm(channels, config.box_head_channels, 3, norm))
-            channels = config.box_head_channels
+        convs = (config.box_head_convs, channels, config.box_head_channels, norm)
+        self.convs, channels = conv_stack(*convs)
         width = channels * config.box_roi_size**2
         self.fcs = nn.ModuleList()
         for _ in range(config.box_head_fcs):
@@ -832,16 +793,14 @@ class BoxHead(nn.Module):
 class MaskHead(nn.Module):
     """Pooled RoIs [R, C, 14, 14] and their classes [R] to mask logits [R, 28, 28] of that class.
 
-    Each class has a mask of its own, and each pixel a sigmoid of its own, not a softmax over the
-    classes: what the object is has been decided by the classifier (Mask R-CNN, Sec. 3, Table 2b).
+    Each class has a mask of its own, and each pixel a sigmoid, not a softmax over the classes: what
+    the object is, the classifier has decided already (Mask R-CNN, Table 2b).
     """
 
     def __init__(self, config, channels, norm):
         super().__init__()
-        self.convs = nn.Sequential()
-        for _ in range(config.mask_head_convs):
-            self.convs.append(ConvNorm(channels, config.mask_head_channels, 3, norm))
-            channels = config.mask_head_channels
+        convs = (config.mask_head_convs, channels, config.mask_head_channels, norm)
+        self.convs, channels = conv_stack(*convs)
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, config.num_classes, 1)
 
@@ -850,8 +809,8 @@ class MaskHead(nn.Module):
         x = self.deconv(x).relu_()  # [R, 256, 28, 28]
         # This is self.predictor(x)[range(R), labels - 1] without computing the other K - 1 maps:
         # each RoI is multiplied by that row of the 1x1 convolution that belongs to its class.
-        weight = self.predictor.weight.flatten(1).index_select(0, labels - 1)  # [R, 256]
-        bias = self.predictor.bias.index_select(0, labels - 1)  # [R]
+        row = labels - 1
+        weight, bias = self.predictor.weight.flatten(1)[row], self.predictor.bias[row]  # [R, 256]
         logits = torch.matmul(weight[:, None].to(x.dtype), x.flatten(2)).float()  # [R, 1, 28 * 28]
         return (logits + bias[:, None, None]).view(len(x), *x.shape[-2:])
 
@@ -861,10 +820,8 @@ class KeypointHead(nn.Module):
 
     def __init__(self, config, channels):
         super().__init__()
-        self.convs = nn.Sequential()
-        for _ in range(config.keypoint_head_convs):
-            self.convs.append(ConvNorm(channels, config.keypoint_head_channels, 3, "none"))
-            channels = config.keypoint_head_channels
+        convs = (config.keypoint_head_convs, channels, config.keypoint_head_channels, "none")
+        self.convs, channels = conv_stack(*convs)
         self.deconv = nn.ConvTranspose2d(channels, config.keypoints, 4, stride=2, padding=1)
 
     def forward(self, x):
@@ -873,17 +830,16 @@ class KeypointHead(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def mask_targets(targets, rois, matched, counts, size):
+def mask_targets(targets, rois, matched, image_counts, size):
     """The part of each object's mask inside its RoI, at size x size: float 0/1 [R, size, size].
 
     RoIAlign of the matched object's bit mask, then a threshold, as Detectron2's
-    BitMasks.crop_and_resize (Choice 10; Detectron draws the polygons of the object whose polygons'
-    box overlaps most at 28 x 28). rois [R, 5] in order of images, of which image i has counts[i];
-    matched [R]: the object's index within its image.
+    BitMasks.crop_and_resize (Choice 10: Detectron draws polygons, of the object whose polygons' box
+    overlaps most). rois [R, 5] in order of images, matched [R] within the image.
     """
     boxes = torch.cat([matched[:, None].to(rois.dtype), rois[:, 1:]], dim=1)
     crops = []
-    for target, here in zip(targets, boxes.split(counts)):
+    for target, here in zip(targets, boxes.split(image_counts)):
         masks = target["masks"]
         if len(masks) == 0:
             masks = masks.new_zeros(1, *masks.shape[1:])  # no object, hence no RoI either
@@ -932,27 +888,6 @@ def decode_keypoints(heatmaps, boxes):
 # ------------------------------------------------------------------------------------------------
 
 
-class ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by `scale`."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.scale, None
-
-
-class Samples(NamedTuple):
-    """The RoIs that the heads are trained on, in order of images."""
-
-    rois: torch.Tensor  # [R, 5]
-    labels: torch.Tensor  # [R]; 0 is background
-    matched: torch.Tensor  # [R]: index of the object within its image
-
-
 class MaskRCNN(nn.Module):
     """The detector; made by `build_model`. `config`: its Config.
 
@@ -984,8 +919,6 @@ class MaskRCNN(nn.Module):
         self.mask_head = MaskHead(config, channels, head_norm) if config.masks else None
         self.keypoint_head = KeypointHead(config, channels) if config.keypoints else None
         initialize(self)
-
-    # -- The whole -------------------------------------------------------------------------------
 
     def forward(self, images, targets=None):
         """Losses in training mode, detections in evaluation mode.
@@ -1029,18 +962,21 @@ class MaskRCNN(nn.Module):
     def batch(self, images):
         """Normalize and pad: a list of [3, h, w] to [B, 3, H, W] and the sizes [(h, w), ...].
 
-        RGB; uint8, or float in [0, 1]. Padding is zero *after* normalization, on the right and at
-        the bottom, to a multiple of 32. That is why the mean cannot be folded into a bias of conv1:
-        conv(x - mean) is conv(x) - conv(mean) only where the window does not reach into padding,
-        this one or conv1's own.
+        Padding is zero *after* normalization, on the right and at the bottom, to a multiple of 32.
+        That is why the mean cannot be folded into a bias of conv1: conv(x - mean) is conv(x) -
+        conv(mean) only where the window does not reach into padding, this one or conv1's own.
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
         h, w = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
         batch = self.image_mean.new_zeros(len(images), 3, h, w)
+        mean, std = self.image_mean, self.image_std
+        mean_255, std_255 = mean * 255.0, std * 255.0
         for out, image, (h, w) in zip(batch, images, sizes):
-            scale = 1.0 if image.is_floating_point() else 255.0
             out = out[:, :h, :w]
-            torch.sub(image, self.image_mean * scale, out=out).div_(self.image_std * scale)
+            if image.is_floating_point():
+                torch.sub(image, mean, out=out).div_(std)
+            else:
+                torch.sub(image, mean_255, out=out).div_(std_255)
         return batch, sizes
 
     def features(self, batch):
@@ -1052,50 +988,45 @@ class MaskRCNN(nn.Module):
         """The RPN's proposals: boxes [B, P, 4], best first, and which are valid [B, P]."""
         return self.rpn.proposals(*self.rpn(features), sizes)
 
-    def pool(self, features, rois, size, counts=None):
+    def pool(self, features, rois, size, levels=None, counts=None):
         """RoIAlign of rois [R, 5] from the levels that have RoIs (P6 is the RPN's alone)."""
-        strides = self.backbone.strides
-        ratio = self.config.roi_sampling_ratio
-        return multilevel_roi_align(features[: len(strides)], strides, rois, size, ratio, counts)
+        strides, ratio = self.backbone.strides, self.config.roi_sampling_ratio
+        return multilevel_roi_align(features, strides, rois, size, ratio, levels, counts)
 
     def refine(self, rois, deltas, stage, sizes):
-        """The boxes [R, K or 1, 4] that a stage's deltas make of rois [R, 5], clipped.
-
-        Stage k of a cascade divides by box weights k times (10, 10, 5, 5): its RoIs are closer to
-        the objects than those of the stage before, so that the targets would get smaller and
-        smaller otherwise. (A cascade that grows out of stage 1, Choice 13: train.py.)
-        """
+        """The boxes [R, K or 1, 4] that a stage's deltas [R, K or 1, 4] make of rois, clipped."""
         limits = image_limits(sizes, rois.device)[rois[:, 0].long()]  # [R, 1, 4]
-        decoded = decode_boxes(deltas, rois[:, None, 1:], self.box_weights(stage))
+        decoded = decode_boxes(deltas / self.box_weights(stage), rois[:, None, 1:])
         return clip_boxes(decoded, limits)
 
     def box_weights(self, stage):
-        return [w * (stage + 1) for w in self.config.bbox_reg_weights]
+        """(10, 10, 5, 5), in stages 2 and 3 of a cascade 2 and 3 times as large.
+
+        A later stage's RoIs are closer to the objects: the spread of its targets is smaller.
+        (Growing a cascade out of stage 1 has to make up for it: Choice 13, in train.py.)
+        """
+        weights = torch.tensor(self.config.bbox_reg_weights) * (stage + 1)
+        return weights.to(self.image_mean.device, non_blocking=True)
 
     def box_predictions(self, features, boxes, valid, sizes):
         """Class scores and boxes of proposals, *before* threshold and NMS.
 
-        boxes [B, P, 4] and valid [B, P] as `proposals` gives them. Returns for each image a pair,
-        of its p valid proposals: scores [p, K + 1] (softmax; column 0 is background) and clipped
-        boxes [p, K, 4] ([p, 1, 4] if class-agnostic).
+        boxes [B, P, 4] and valid [B, P] as `proposals` gives them. Returns for each image a pair:
+        scores [P, K + 1] (softmax; column 0 is background; all 0 for what is not valid) and clipped
+        boxes [P, K, 4] ([P, 1, 4] if class-agnostic).
 
-        Cascade: each stage refines the boxes of the one before. The scores are averaged over the
-        stages: each has learned to tell objects from background at another IoU.
+        Cascade: each stage refines the boxes of the one before. The scores are averaged: each stage
+        has learned at another IoU to tell objects from background.
         """
-        strides = self.backbone.strides
-        levels = roi_levels(boxes, strides)  # [B, P]
-        table = count_by_level(levels, valid, strides).tolist()  # waits for the device
-        counts = [sum(row) for row in table]  # of each image
-        level_counts = [sum(column) for column in zip(*table)]
-        rois = to_rois(list(boxes))[true_positions(valid, sum(counts))]  # [R, 5]
+        rois = to_rois(boxes)  # [B * P, 5]
         scores = 0
         for stage, head in enumerate(self.box_heads):
-            pooled = self.pool(features, rois, self.config.box_roi_size, level_counts)
-            logits, deltas = head(pooled)
-            scores = scores + logits.softmax(dim=1) / len(self.box_heads)  # [R, K + 1]
-            decoded = self.refine(rois, deltas, stage, sizes)  # [R, K or 1, 4]
-            rois, level_counts = torch.cat([rois[:, :1], decoded[:, 0]], dim=1), None
-        return list(zip(scores.split(counts), decoded.split(counts)))
+            logits, deltas = head(self.pool(features, rois, self.config.box_roi_size))
+            scores = scores + logits.softmax(dim=1) / len(self.box_heads)  # [B * P, K + 1]
+            decoded = self.refine(rois, deltas, stage, sizes)  # [B * P, K or 1, 4]
+            rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)  # of the next stage
+        scores = scores * valid.flatten()[:, None]
+        return list(zip(scores.split(boxes.shape[1]), decoded.split(boxes.shape[1])))
 
     @torch.no_grad()
     def postprocess(self, scores, boxes):
@@ -1107,17 +1038,13 @@ class MaskRCNN(nn.Module):
         c = self.config
         scores = scores[:, 1:]  # [P, K]
         boxes = boxes.expand(-1, scores.shape[1], -1).flatten(0, 1)[None]  # [1, P * K, 4]
-        labels = torch.arange(1, scores.shape[1] + 1, device=scores.device).expand_as(scores)
-        labels = labels.flatten()[None]
+        labels = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+        labels = labels.expand_as(scores).flatten()[None]
         scores = scores.masked_fill(scores <= c.box_score_thresh, -math.inf).flatten()[None]
         most = c.box_detections_per_img
         index, (count,) = nms(boxes, scores, labels, c.box_nms_thresh, most)
-        index = index[:, :count]
-        return {
-            "boxes": take(boxes, index)[0],
-            "labels": take(labels, index)[0],
-            "scores": take(scores, index)[0],
-        }
+        found = {"boxes": boxes, "labels": labels, "scores": scores}
+        return {name: take(value, index[:, :count])[0] for name, value in found.items()}
 
     def mask_probabilities(self, features, boxes, labels):
         """Masks of given boxes and labels (lists of [N, 4], [N]): a list of [N, 28, 28] in 0..1."""
@@ -1135,231 +1062,221 @@ class MaskRCNN(nn.Module):
     def losses(self, features, sizes, targets):
         """All losses of a batch, as a dict of scalars (see `forward`); all have weight 1.
 
-        Each loss is divided by a number of this process's own batch, and DDP then averages the
-        gradients over the processes: a sample counts less in a process that has many.
+        Each is divided by a number of this process's own batch; DDP then averages the gradients
+        over the processes, so that a sample counts less in a process that has many of them.
 
-        From random weights they start at ln 2 = 0.69 (objectness; masks), ln 81 = 4.39 (classifier
-        of 80 classes) and ln 56^2 = 8.05 (keypoints). The box losses start small and rise while
-        more and more RoIs become foreground.
+        From random weights they start at ln 2 = 0.69 (objectness; masks), ln 81 = 4.39 (classifier,
+        80 classes) and ln 56^2 = 8.05 (keypoints). The box losses start small and rise while more
+        and more RoIs become foreground.
         """
         device = features[0].device
         truth = pad_targets(targets, device)
-        seeds = sampling_seeds(targets, device)
+        anchor_seeds, roi_seeds = sampling_seeds(targets, device)
         # 1) RPN
         objectness, deltas, anchors = self.rpn(features)
-        losses = self.rpn.losses(objectness, deltas, anchors, truth, seeds)
+        losses = self.rpn.losses(objectness, deltas, anchors, truth, anchor_seeds)
         # 2) RoIs: proposals and ground truth, sampled
         boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
-        samples, level_counts, table = self.sample_rois(boxes, valid, truth, seeds)
-        # 3) box heads
-        losses |= self.box_losses(features, samples, level_counts, truth, sizes)
-        # 4) mask and keypoint head: the foreground of these RoIs
-        counts = [sum(row) for row in table]
-        level_counts = [sum(column) for column in zip(*table)]
-        foreground = true_positions(samples.labels > 0, sum(counts))
-        samples = Samples(*(x.index_select(0, foreground) for x in samples))
+        samples, foreground = self.sample_rois(boxes, valid, truth, roi_seeds)
+        # 3) heads
+        losses |= self.box_losses(features, samples, truth, sizes)
         if self.mask_head:
-            losses |= self.mask_loss(features, samples, level_counts, targets, counts)
+            losses |= self.mask_loss(features, foreground, targets)
         if self.keypoint_head:
-            losses |= self.keypoint_loss(features, samples, targets, counts)
+            losses |= self.keypoint_loss(features, foreground, targets)
         return losses
 
     @torch.no_grad()
     def sample_rois(self, boxes, valid, truth, seeds):
-        """512 RoIs an image, at most a quarter of them foreground (IoU >= 0.5 with an object).
+        """512 RoIs an image, at most a quarter of them foreground: Samples, and the foreground's.
 
-        The ground truth joins the proposals, so that there is foreground from the first iteration.
-        Proposals inside crowds are not filtered (Choice 10: no foreground either).
-        Returns Samples, how many RoIs each level has, and a table: how many foreground RoIs each
-        level has in each image.
+        Foreground: IoU >= 0.5 with an object. The ground truth joins the proposals, so that there
+        is foreground from the first iteration. (Choice 10: crowds are no foreground.)
         """
-        c = self.config
+        c, strides = self.config, self.backbone.strides
         boxes = torch.cat([boxes, truth.boxes], dim=1)  # [B, P + G, 4]
         valid = torch.cat([valid, truth.valid], dim=1)
         matched, labels = match_boxes(truth, boxes, c.box_fg_iou_thresh)
         labels = labels.masked_fill(~valid, -1)
         batch_size, fraction = c.box_batch_size_per_image, c.box_positive_fraction
-        index, chosen = sample(labels, batch_size, fraction, seeds, SALT_ROIS)  # [B, S]
+        index, chosen = sample(labels, batch_size, fraction, seeds)  # [B, S]
         boxes, labels, matched = (take(x, index) for x in (boxes, labels, matched))
 
-        # All numbers that the host needs from here on, in one read: it waits for the device.
-        strides = self.backbone.strides
+        # Everything that the host must know of the values is read at once, since it waits for the
+        # device: how many RoIs each image has on each level, all and foreground, and wrong targets.
         levels = roi_levels(boxes, strides)  # [B, S]
-        table = count_by_level(levels, chosen, strides)  # [B, levels]
-        foreground_table = count_by_level(levels, chosen & (labels > 0), strides)
-        faults = target_faults(truth, c.num_classes)  # [B, 2]
-        numbers = torch.cat([table, foreground_table, faults], dim=1).tolist()
-        raise_faults([row[-2:] for row in numbers], c.num_classes)
-        level_counts = [sum(row[i] for row in numbers) for i in range(len(strides))]
-        foreground_table = [row[len(strides) : -2] for row in numbers]
+        on_level = levels[..., None] == torch.arange(len(strides), device=levels.device)
+        masks = torch.stack([chosen, chosen & (labels > 0)])  # [2, B, S]
+        counts = (masks[..., None] & on_level).sum(dim=2)  # [2, B, levels]
+        wrong = wrong_values(truth, c.num_classes)  # [B, 2]
+        table = torch.cat([*counts, wrong], dim=1).tolist()  # B rows of 2 * levels + 2
+        for i, row in enumerate(table):
+            in_order = "must be finite, with x1 <= x2 and y1 <= y2."
+            require(not row[-2], f"targets[{i}]['boxes'] {in_order}")
+            require(not row[-1], f"targets[{i}]['labels'] must be in 1..{c.num_classes}.")
 
-        positions = true_positions(chosen, sum(level_counts))
-        rois = to_rois(list(boxes)).index_select(0, positions)  # [R, 5]
-        labels, matched = (x.flatten().index_select(0, positions) for x in (labels, matched))
-        return Samples(rois, labels, matched), level_counts, foreground_table
+        image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+        image = image[:, None, None].expand(*index.shape, 1)
+        parts = torch.cat([image, boxes], dim=2), labels, matched, levels
+        n = len(strides)
+        return (
+            select_samples(parts, masks[0], [row[:n] for row in table]),
+            select_samples(parts, masks[1], [row[n : 2 * n] for row in table]),
+        )
 
-    def box_losses(self, features, samples, level_counts, truth, sizes):
+    def box_losses(self, features, samples, truth, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
 
         Stages 2 and 3 of a cascade take the boxes that the stage before made of the same RoIs, and
         ask for more: IoU 0.6 and 0.7 instead of 0.5, since a head that is trained with IoU u makes
-        boxes better that start near u. Nothing is sampled again, no ground truth added again.
+        those boxes better that start near u. Nothing is sampled again, no ground truth added again.
         """
-        stages = len(self.box_heads)
+        c, stages = self.config, len(self.box_heads)
         losses = {}
         for stage, head in enumerate(self.box_heads):
-            name = f"_{stage + 1}" if stages > 1 else ""
-            rois, labels, matched = samples
-            pooled = self.pool(features, rois, self.config.box_roi_size, level_counts)
-            if stages > 1:  # they share the features (Detectron2)
-                pooled = ScaleGradient.apply(pooled, 1 / stages)
+            rois, labels, matched, *placing = samples[:5]
+            pooled = self.pool(features, rois, c.box_roi_size, *placing)
+            if stages > 1 and pooled.requires_grad:  # the stages share the features (Detectron2)
+                pooled.register_hook(lambda grad: grad * (1 / stages))
             logits, deltas = head(pooled)  # [R, K + 1], [R, K or 1, 4]
+            foreground = labels > 0
             with torch.no_grad():
-                foreground = labels > 0
-                boxes = rois[:, 1:]
                 # Background RoIs get their own box as target: finite, and then masked.
-                box_truth = truth.boxes[rois[:, 0].long(), matched]
-                box_truth = torch.where(foreground[:, None], box_truth, boxes)
-                box_targets = encode_boxes(box_truth, boxes, self.box_weights(stage))
+                box_truth = truth.boxes[rois[:, 0].long(), matched]  # [R, 4]
+                box_truth = torch.where(foreground[:, None], box_truth, rois[:, 1:])
+                box_targets = encode_boxes(box_truth, rois[:, 1:]) * self.box_weights(stage)
             column = (labels - 1).clamp(min=0) if deltas.shape[1] > 1 else torch.zeros_like(labels)
-            chosen = take(deltas, column[:, None])[:, 0]  # [R, 4], of the true class
-            box_loss = smooth_l1(chosen, box_targets, self.config.box_smooth_l1_beta)
+            box_loss = F.smooth_l1_loss(
+                take(deltas, column[:, None])[:, 0],  # those of the true class
+                box_targets,
+                reduction="none",
+                beta=c.box_smooth_l1_beta,
+            )  # [R, 4]
             class_loss = F.cross_entropy(logits, labels, reduction="sum")
             # Both are divided by *all* sampled RoIs, so that each counts the same (Fast R-CNN). If
             # there are none, the sums are 0 but still depend on the head's parameters.
             count = max(len(labels), 1)
+            name = f"_{stage + 1}" if stages > 1 else ""
             losses["loss_classifier" + name] = class_loss / count
             losses["loss_box_reg" + name] = (box_loss * foreground[:, None]).sum() / count
             if stage + 1 < stages:
                 samples = self.next_samples(rois, deltas, stage, truth, sizes)
-                level_counts = None
         return losses
 
     @torch.no_grad()
     def next_samples(self, rois, deltas, stage, truth, sizes):
-        """What a cascade's stage hands to the next: its boxes, matched anew."""
+        """What a cascade's stage hands to the next: its boxes, matched anew; empty ones dropped."""
         boxes = self.refine(rois, deltas, stage, sizes)[:, 0]  # [R, 4]
-        rois = torch.cat([rois[:, :1], boxes], dim=1)
-        rois = rois[has_area(boxes)]  # [R', 5]
+        rois = torch.cat([rois[:, :1], boxes], dim=1)[has_area(boxes)]  # [R', 5]
         # Every RoI as an "image" of one box, against the objects of its own image.
         own_truth = Truth(*(x[rois[:, 0].long()] for x in truth))
         threshold = self.config.cascade_fg_iou_thresh[stage]
         matched, labels = match_boxes(own_truth, rois[:, None, 1:], threshold)  # [R', 1] each
         return Samples(rois, labels[:, 0], matched[:, 0])
 
-    def mask_loss(self, features, samples, level_counts, targets, counts):
+    def mask_loss(self, features, foreground, targets):
         """Binary cross-entropy of the true class's mask, at each of 28 x 28 pixels."""
-        rois, labels, matched = samples
+        rois, labels, matched, *placing, image_counts = foreground
         size = self.config.mask_roi_size
-        truth = mask_targets(targets, rois, matched, counts, 2 * size)  # [R, 28, 28]
-        logits = self.mask_head(self.pool(features, rois, size, level_counts), labels)
+        truth = mask_targets(targets, rois, matched, image_counts, 2 * size)  # [R, 28, 28]
+        logits = self.mask_head(self.pool(features, rois, size, *placing), labels)
         # With no foreground at all the sum is zero but still depends on every parameter of the
         # head, so that the process takes part in all-reduces of SyncBN and of the gradients.
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
-        return {"loss_mask": loss / max(logits.numel(), 1)}  # / foreground RoIs * 28^2
+        return {"loss_mask": loss / max(logits.numel(), 1)}  # / (foreground RoIs * 28^2)
 
-    def keypoint_loss(self, features, samples, targets, counts):
+    def keypoint_loss(self, features, foreground, targets):
         """Cross-entropy of each keypoint, a softmax over the 56 x 56 positions.
 
         The RoIs are the foreground of the sampled ones, as in Detectron2; Detectron draws anew.
         """
-        rois = samples.rois
-        matched = samples.matched.split(counts)  # RoIs are in order of images
+        rois, size = foreground.rois, self.config.keypoint_roi_size
+        matched = foreground.matched.split(foreground.image_counts)
         truth = torch.cat([t["keypoints"][index] for t, index in zip(targets, matched)]).float()
-        size = 4 * self.config.keypoint_roi_size
-        cell, valid = keypoint_targets(truth, rois[:, 1:], size)  # [R, 17]
+        cell, valid = keypoint_targets(truth, rois[:, 1:], 4 * size)  # [R, 17]
         useful = valid.any(dim=1)  # RoIs without a labelled keypoint inside are left out
-        cell, valid = cell[useful], valid[useful]
-        pooled = self.pool(features, rois[useful], self.config.keypoint_roi_size)
-        heatmaps = self.keypoint_head(pooled)  # [R', 17, 56, 56]
-        loss = F.cross_entropy(heatmaps.flatten(0, 1).flatten(1), cell.flatten(), reduction="none")
+        cell, valid = cell[useful].flatten(), valid[useful].flatten()
+        heatmaps = self.keypoint_head(self.pool(features, rois[useful], size))  # [R', 17, 56, 56]
+        loss = F.cross_entropy(heatmaps.flatten(0, 1).flatten(1), cell, reduction="none")
         # / labelled keypoints in the RoIs
-        return {"loss_keypoint": (loss * valid.flatten()).sum() / valid.sum().clamp(min=1)}
+        return {"loss_keypoint": (loss * valid).sum() / valid.sum().clamp(min=1)}
+
+
+class Samples(NamedTuple):
+    """The RoIs that a head is trained on, in order of images."""
+
+    rois: torch.Tensor  # [R, 5]
+    labels: torch.Tensor  # [R]; 0 is background
+    matched: torch.Tensor  # [R]: index of the object within its image
+    levels: torch.Tensor | None = None  # [R]: see roi_levels; the rest where it is known already:
+    level_counts: list | None = None
+    image_counts: list | None = None
+
+
+def select_samples(parts, mask, table):
+    """Those of parts [B, S, ...] in the mask [B, S], of which image i has table[i][l] on level l."""
+    image_counts = [sum(row) for row in table]
+    level_counts = [sum(column) for column in zip(*table)]
+    # mask.nonzero() would wait for the device again: the True are sorted to the front instead.
+    index = mask.flatten().argsort(descending=True, stable=True)[: sum(image_counts)]
+    selected = (part.flatten(0, 1).index_select(0, index) for part in parts)
+    return Samples(*selected, level_counts, image_counts)
 
 
 def check_images(images):
-    """Raise ValueError, naming the image, unless all are [3, h, w], uint8 or float in [0, 1]."""
-    if not isinstance(images, (list, tuple)) or len(images) == 0:
-        raise ValueError("images must be a list of at least one [3, h, w] tensor.")
+    """ValueError, naming the image, unless all are [3, h, w], uint8 or float in [0, 1]."""
+    is_list = isinstance(images, (list, tuple)) and len(images) > 0
+    require(is_list, "images must be a list of at least one [3, h, w] tensor.")
     for i, image in enumerate(images):
-        if not torch.is_tensor(image) or image.dim() != 3 or image.shape[0] != 3:
-            found = list(image.shape) if torch.is_tensor(image) else type(image).__name__
-            raise ValueError(f"images[{i}] must be an RGB tensor [3, h, w], and is {found}.")
-        if image.numel() == 0:
-            raise ValueError(f"images[{i}] has no pixels.")
-        if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise ValueError(f"images[{i}] must be uint8 or float in [0, 1], and is {image.dtype}.")
-        # A GPU would have to be waited for. 0.2: resizing may overshoot.
-        if image.is_floating_point() and not image.is_cuda:
-            low, high = (x.item() for x in image.aminmax())
-            if not (low >= -0.2 and high <= 1.2):
-                raise ValueError(
-                    f"images[{i}] has values from {low:.4g} to {high:.4g}; float images must be in "
-                    "[0, 1], not normalized."
-                )
+        is_image = torch.is_tensor(image) and image.dim() == 3 and len(image) == 3
+        require(is_image and image.numel() > 0, f"images[{i}] must be a [3, h, w] tensor, RGB.")
+        is_float = image.is_floating_point()
+        in_range = is_float or image.dtype == torch.uint8
+        if is_float and image.device.type == "cpu":  # (a GPU would have to be waited for)
+            low, high = image.aminmax()
+            in_range = low >= -0.2 and high <= 1.2  # resizing may overshoot
+        require(in_range, f"images[{i}] must be uint8, or float in [0, 1] and not normalized.")
 
 
 def check_targets(images, targets, config):
-    """Raise ValueError, naming image and field, for targets of wrong form. Never waits."""
-    if not isinstance(targets, (list, tuple)) or len(targets) != len(images):
-        raise ValueError(f"targets must be a list of {len(images)} dicts, one for each image.")
+    """ValueError, naming image and field, for targets of wrong form; see target_faults as well."""
+    is_list = isinstance(targets, (list, tuple)) and len(targets) == len(images)
+    require(is_list, f"targets must be a list of {len(images)} dicts, one for each image.")
     for i, (image, target) in enumerate(zip(images, targets)):
         fields = {"boxes": (4,), "labels": ()}
-        if config.masks:
-            fields["masks"] = tuple(image.shape[-2:])
-        if config.keypoints:
-            fields["keypoints"] = (config.keypoints, 3)
+        fields |= {"masks": tuple(image.shape[1:])} if config.masks else {}
+        fields |= {"keypoints": (config.keypoints, 3)} if config.keypoints else {}
         for name, shape in fields.items():
-            value = target.get(name)
-            if not torch.is_tensor(value):
-                raise ValueError(f"targets[{i}]['{name}'] is missing, or no tensor.")
-            n = len(target["boxes"]) if target["boxes"].dim() else 0
-            if tuple(value.shape) != (n, *shape):
-                raise ValueError(
-                    f"targets[{i}]['{name}'] must be {list((n, *shape))} for {n} boxes, and is "
-                    f"{list(value.shape)}."
-                )
-        if not target["boxes"].is_floating_point():
-            raise ValueError(f"targets[{i}]['boxes'] must be float, [x1, y1, x2, y2] in pixels.")
-        if target["labels"].dtype != torch.int64:
-            raise ValueError(f"targets[{i}]['labels'] must be int64.")
+            where = f"targets[{i}][{name!r}]"
+            require(torch.is_tensor(target.get(name)), f"{where} is missing, or is no tensor.")
+            found, shape = tuple(target[name].shape), (*target["boxes"].shape[:1], *shape)
+            require(found == shape, f"{where} must be {shape} for these boxes, and is {found}.")
+        require(target["boxes"].is_floating_point(), f"targets[{i}]['boxes'] must be float.")
+        require(target["labels"].dtype == torch.int64, f"targets[{i}]['labels'] must be int64.")
 
 
-def target_faults(truth, num_classes):
-    """What only the values of targets can tell: [B, 2] int64, not 0 for wrong boxes, wrong labels.
-
-    Read together with other numbers, so that nothing waits for it alone.
-    """
-    boxes, labels = truth.boxes, truth.labels
-    wrong_boxes = ~torch.isfinite(boxes) | (boxes < boxes[..., [0, 1, 0, 1]])  # [B, G, 4]
-    wrong_labels = (labels < truth.present) | (labels > num_classes)  # [B, G]
-    return torch.stack([wrong_boxes.flatten(1).any(dim=1), wrong_labels.any(dim=1)], dim=1).long()
-
-
-def raise_faults(faults, num_classes):
-    for i, (boxes, labels) in enumerate(faults):
-        if boxes:
-            raise ValueError(f"targets[{i}]['boxes'] must be finite, with x1 <= x2 and y1 <= y2.")
-        if labels:
-            raise ValueError(f"targets[{i}]['labels'] must be in 1..{num_classes}.")
+def wrong_values(truth, num_classes):
+    """What only values tell, for each image: are boxes, are labels wrong; [B, 2] bool."""
+    size = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, G, 2]; inf - inf is not a number
+    boxes = (size != size.clamp(0, 1e6)).flatten(1).any(dim=1)
+    labels = (truth.labels != truth.labels.clamp(1, num_classes)).any(dim=1)
+    return torch.stack([boxes, labels], dim=1)
 
 
 def build_model(backbone="resnet50", norm="gn", num_classes=80, **settings):
     """A MaskRCNN with random weights; any field of Config can be given as an argument.
 
-    What `backbone` (BACKBONES), `norm` and `cascade` imply, the arguments can override: without a
-    norm in the heads these have 2 fc layers and no convolutions; a cascade is class-agnostic.
-    Raises ValueError for an unknown name, and for a value or a combination that cannot be.
+    What backbone (BACKBONES), norm and cascade imply, `settings` can override. Raises ValueError
+    for an unknown name, and for a value or a combination that cannot be.
     """
-    fields = [field.name for field in dataclasses.fields(Config)]
+    fields = {field.name for field in dataclasses.fields(Config)}
     for name in settings:
-        if name not in fields:
-            raise ValueError(f"Unknown argument {name!r} of build_model; see model.Config.")
+        require(name in fields, f"Unknown argument {name!r} of build_model; see model.Config.")
     implied = {"backbone": backbone, "norm": norm, "num_classes": num_classes}
     if norm in ("frozen_bn", "none"):
         implied |= {"box_head_convs": 0, "box_head_fcs": 2}
     if settings.get("cascade"):
-        implied["box_class_agnostic"] = True
+        implied |= {"box_class_agnostic": True}
     return MaskRCNN(Config(**implied | BACKBONES.get(backbone, {}) | settings))
 
 
@@ -1404,10 +1321,10 @@ class WeightsError(ValueError):
 
 @contextlib.contextmanager
 def write_whole(path):
-    """A binary file to write to that appears at `path` whole or not at all, whatever dies when.
+    """A binary file to write, which appears at `path` whole or not at all, whatever dies when.
 
-    A temporary file beside it, with a name of this process's own, is written to the disk, renamed,
-    and the renaming written to the disk as well. Raises OSError with the path.
+    It is written beside it under a name of this process's own, synced, renamed, and the folder
+    synced. Raises OSError with the path.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1424,7 +1341,7 @@ def write_whole(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # torch.save raises RuntimeError after the error of the file that it writes to.
+        # (torch.save turns the OSError of a full disk into a RuntimeError.)
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
@@ -1433,105 +1350,86 @@ def write_whole(path):
 
 def save_model(model, path, **more):
     """Write a checkpoint: config, data settings, weights, and `more` (plain data and tensors)."""
-    content = {
-        "config": dataclasses.asdict(model.config),
-        "data": model.data_settings,
-        "weights": model.state_dict(),
-    }
+    content = {"config": dataclasses.asdict(model.config), "data": model.data_settings}
     with write_whole(path) as file:
-        torch.save(content | more, file)
+        torch.save(content | {"weights": model.state_dict()} | more, file)
 
 
 def read_checkpoint(path):
-    """What a file of `save_model` holds, on the CPU. Nothing in it is executed.
+    """The dict in a file of `save_model`, on the CPU. Nothing in the file is executed.
 
-    Raises WeightsError if there is no such file, if it is damaged or of another project.
+    Raises WeightsError if there is no such file, if it is damaged, or if it is none of ours.
     """
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True) if is_zip else None
-    except FileNotFoundError:
+        content = torch.load(path, map_location="cpu", weights_only=True) if is_zip else {}
+    except (FileNotFoundError, IsADirectoryError):
         raise WeightsError(f"There is no file {path}.") from None
-    except IsADirectoryError:
-        raise WeightsError(f"{path} is a folder; name the checkpoint in it.") from None
     except Exception:  # whatever a truncated, foreign or malicious file brings about
         raise WeightsError(
-            f"{path} is damaged or incomplete, or is no checkpoint of this project: use the one "
-            "before it."
+            f"{path} is damaged or incomplete, or holds more than plain data and tensors: use the "
+            "checkpoint before it, or copy the file again."
         ) from None
-    if not isinstance(content, dict) or not content.keys() >= {"config", "data", "weights"}:
-        if isinstance(content, dict) and "backbone.res2.0.conv1.conv.weight" in content:
-            raise WeightsError(
-                f"{path} is a bare state dict, without the config and the data settings of its "
-                "model: write it with model.save_model(model, path)."
-            )
-        raise WeightsError(
-            f"{path} is no checkpoint of this project: if it holds weights of another one, convert "
-            f"it with tools/convert_weights.py {path} OUT."
-        )
-    for name, tensor in content["weights"].items():
-        if not isinstance(name, str) or not torch.is_tensor(tensor):
-            raise WeightsError(
-                f"{path} is no checkpoint of this project: not all weights are tensors."
-            )
+    content = content if isinstance(content, dict) else {}
+    parts = [content.get(name) for name in ("config", "data", "weights")]
+    if not all(isinstance(part, dict) for part in parts):
+        hint = f"convert another project's weights with tools/convert_weights.py {path} OUT"
+        if any(str(name).startswith(("backbone.res2.", "backbone.conv1.")) for name in content):
+            hint = "it is a bare state dict; write config and classes too, with model.save_model"
+        raise WeightsError(f"{path} is no checkpoint of this project: {hint}.")
+    if not all(type(n) is str and torch.is_tensor(t) for n, t in parts[2].items()):
+        raise WeightsError(f"{path} is no checkpoint of this project: it has other weights.")
     return content
 
 
 def load_model(path):
     """The model of a checkpoint, on the CPU and in evaluation mode. Raises WeightsError.
 
-    The config in the file is not trusted: the model is built without memory first, and filled if
-    every tensor of the file has the shape that the config says.
+    The config in the file is not trusted: the model is made without memory, and gets memory only if
+    the file has every tensor of it.
     """
     content = read_checkpoint(path)
     try:
         with torch.device("meta"):
             model = MaskRCNN(Config(**content["config"]))
     except (TypeError, ValueError) as error:
-        raise WeightsError(f"{path} describes a model that cannot be built: {error}") from None
-    weights = content["weights"]
+        reason = str(error)[:200].rstrip(".")
+        raise WeightsError(f"{path} describes a model that cannot be built: {reason}.") from None
     for name, tensor in model.state_dict().items():
-        if name not in weights:
-            raise WeightsError(f"{path} has no {name}; it is of another model, or incomplete.")
-        if weights[name].shape != tensor.shape:
-            raise WeightsError(
-                f"{path} has {name} of shape {tuple(weights[name].shape)}, and its config says "
-                f"{tuple(tensor.shape)}."
-            )
-    model.to_empty(device="cpu").load_state_dict(weights, strict=False)
+        found = content["weights"].get(name)
+        if found is None or found.shape != tensor.shape:
+            what = "no" if found is None else f"another shape {tuple(found.shape)} of"
+            raise WeightsError(f"{path} has {what} {name}: it is incomplete, or of another model.")
+    model.to_empty(device="cpu").load_state_dict(content["weights"], strict=False)
     model.data_settings |= content["data"]
     return model.eval()
 
 
 def load_weights(model, path, verbose=True):
-    """Fill a model from a checkpoint, as far as its tensors have the model's names and shapes.
+    """Fill a model from a checkpoint, as far as tensors of the same name have the same shape.
 
-    The backbone must fit. The rest need not: a checkpoint may be a backbone alone, or a detector of
+    The backbone must fit. The rest need not: the file may hold a backbone alone, or a detector of
     other classes; what does not fit stays as it is, and is named. The image statistics that belong
-    to the weights are set as well. Raises WeightsError; the model is then unchanged.
+    to the weights are set too. Raises WeightsError, and leaves the model unchanged then.
     """
-    weights = read_checkpoint(path)["weights"]
-    own = model.state_dict()
+    weights, own = read_checkpoint(path)["weights"], model.state_dict()
     fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
     left = [name for name in own if name not in fitting]
     unused = [name for name in weights if name not in own]
-    kind = f"{model.config.backbone} with norm {model.config.norm}"
     for name in left + unused:
         if name.startswith("backbone."):
-            what = "has" if name in unused else "has no fitting"
-            raise WeightsError(f"{path} is of another backbone than {kind}: it {what} {name}.")
-    before = model.image_mean.flatten().tolist(), model.image_std.flatten().tolist()
+            here = f"{model.config.backbone} with norm {model.config.norm}"
+            raise WeightsError(f"{path} is of another backbone than {here}: see {name}.")
     model.load_state_dict(fitting, strict=False)
-    mean, std = (tuple(x.flatten().tolist()) for x in (model.image_mean, model.image_std))
-    if (list(mean), list(std)) != before:
-        model.config = dataclasses.replace(model.config, image_mean=mean, image_std=std)
+    said = [f"{len(fitting)} tensors loaded"]
+    for what, names in (("left as they were", left), ("not used", unused)):
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+        said += [f"{what}: {', '.join(modules)}"] if names else []
+    for name in ("image_mean", "image_std"):
+        value = tuple(getattr(model, name).flatten().tolist())
+        if value != tuple(torch.tensor(getattr(model.config, name)).tolist()):
+            model.config = dataclasses.replace(model.config, **{name: value})
+            said.append(f"{name} of the file: {', '.join(f'{v:.4f}' for v in value)}")
     if verbose:
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in left)
-        print(f"Weights   {path}: {len(fitting)} tensors loaded")
-        if left:
-            print(f"          left at their initialization: {', '.join(modules)}")
-        if unused:
-            print(f"          not used: {', '.join(unused)}")
-        if (list(mean), list(std)) != before:
-            print(f"          image_mean {mean} and image_std {std} are the file's")
+        print(f"Weights   {path}: {'; '.join(said)}")

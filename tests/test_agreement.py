@@ -1,8 +1,8 @@
 """Weights equal, our numbers are Detectron2's: checked against golden_*.npz, without Detectron2.
 
-make_detectron2_golden.py made these files with Detectron2's own code. Weights, images and targets
-are functions of seeds, shared by both; the files hold only what came out. The networks are narrow
-but otherwise the published ones: R50-FPN with GN, SyncBN, frozen BN, cascade, keypoints.
+tools/make_detectron2_golden.py made these files with Detectron2's own code. Weights, images and
+targets are functions of seeds, shared by both; the files hold only what came out. The networks are
+narrow but otherwise the published ones: R50-FPN with GN, SyncBN, frozen BN, cascade, keypoints.
 
 Why the tolerances: both sides compute the same expressions in float32, but sums run in another
 order wherever the code differs (other memory layouts, fused or not), and from one CPU to the next.
@@ -23,6 +23,7 @@ import torch
 
 import evaluate
 import model as detector
+from tools import convert_weights
 
 WIDTHS = dict(
     num_classes=20, stem_width=32, width_per_group=32, fpn_channels=64, box_head_channels=64,
@@ -159,12 +160,12 @@ def golden(request):
     """(case, our model with Detectron2's weights, Detectron2's numbers)."""
     case = request.param
     model = detector.build_model(**golden_arguments(case))
-    plain = detector.to_detectron2(model)
+    plain = convert_weights.to_detectron2(model)
     weights = golden_weights(case, {name: tuple(t.shape) for name, t in plain.items()})
-    found, unused = detector.translate(weights, "detectron2", model)
-    for name in ("image_mean", "image_std"):  # these are the case's own
-        found[name] = getattr(model, name)
-    detector.fill(model, found, unused, case, verbose=False)
+    found, unused = convert_weights.translate(weights, "detectron2", model)
+    missing = model.load_state_dict(found, strict=False).missing_keys
+    assert not unused
+    assert all(name.startswith("image_") or "num_batches" in name for name in missing)
     with np.load(Path(__file__).parent / f"golden_{case}.npz") as file:
         return case, model.eval(), dict(file)
 
@@ -293,7 +294,7 @@ def test_losses_and_gradients(golden):
     sum(losses.values()).backward()
     model.eval()
     norms = {
-        detector.foreign_name(name, "detectron2", model.config["cascade"]): parameter.grad.norm()
+        name: parameter.grad.norm()
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
@@ -304,7 +305,11 @@ def test_losses_and_gradients(golden):
     assert {LOSSES[name] for name in losses} == expected.keys()
     for name, value in losses.items():
         assert value.item() == pytest.approx(expected[LOSSES[name]], rel=1e-4), name
-    expected = {name[5:]: value for name, value in theirs.items() if name.startswith("norm/")}
+    expected = {
+        convert_weights.our_name(name[5:], "detectron2"): value
+        for name, value in theirs.items()
+        if name.startswith("norm/")
+    }
     assert norms.keys() == expected.keys()
     # Looser: where |x| (the L1 loss) or ReLU has its corner, a value next to it may fall on either
     # side, and the gradient jumps.
