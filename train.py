@@ -349,10 +349,7 @@ def set_momentum(model, optimizer, momentum):
 
 
 def train(recipe, args, checkpoint, train_set, val_set, device):
-    """Train by `recipe`, which fits the batch already, from `checkpoint` on (None: from the start).
-
-    Every process runs this function. Raises UserError and model.WeightsError.
-    """
+    """Train by `recipe`, scaled to the batch already, from `checkpoint` on (None: the start)."""
     model, optimizer = start_model(recipe, args, checkpoint, train_set, device)
     ddp = wrap(model, recipe, device)
     iteration = checkpoint["iteration"] if checkpoint else 0
@@ -396,26 +393,22 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             log.bar.update()
             if iteration % recipe.log_every == 0 or iteration == last:
                 log.step(iteration, rate, losses)
-            if alarm.stop or checkpoint_due(iteration, recipe, last):
+            regular = iteration % recipe.checkpoint_every == 0 or iteration in milestones(recipe)
+            if regular or evaluation_due(iteration, recipe, last) or alarm.stop:
                 alarm.read()  # of this step: its weights are to be saved and evaluated
                 if alarm.sound:
                     save_checkpoint(model, optimizer, iteration, recipe, args, len(train_set), log)
             if evaluation_due(iteration, recipe, last) and not alarm.stop:
                 metrics = evaluate_and_log(model, val_set, args, iteration, log)
     if alarm.stop:
-        reason = (*alarm.signals, "a signal to another process")[0]
-        say(f"\nStopped by {reason} after step {iteration:,}; --resume continues.")
+        name = alarm.signals[0] if alarm.signals else "a signal to another process"
+        say(f"\nStopped by {name} after step {iteration:,}; --resume continues.")
     else:
         show_results(model, val_set, args, metrics)
 
 
 def evaluation_due(iteration, recipe, last):
     return iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last)
-
-
-def checkpoint_due(iteration, recipe, last):
-    regular = iteration % recipe.checkpoint_every == 0 or iteration in milestones(recipe)
-    return regular or evaluation_due(iteration, recipe, last)  # which takes minutes
 
 
 # -- What the loop is made of --------------------------------------------------------------------
@@ -472,13 +465,9 @@ def wrap(model, recipe, device):
         compile_parts(model)
     if not dist.is_initialized():
         return model
-    ids = [device.index] if device.type == "cuda" else None
-    with warnings.catch_warnings():
-        # The newest torch renames broadcast_buffers, to a name that older ones do not know.
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+    # The newest torch renames broadcast_buffers, to a name that older ones do not know.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def compile_parts(model):
@@ -787,11 +776,7 @@ def read_checkpoint(path, recipe, args, train_set, may_differ=()):
     differ = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
     if differ:
         values = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differ)
-        raise UserError(
-            f"{path} is a checkpoint of another run, which differs in {values}; give the same "
-            "arguments, or another --out.",
-            code=2,
-        )
+        raise UserError(f"{path} is of another run, which differs in {values}.", code=2)
     if (args.iterations or recipe.iterations) < checkpoint["iteration"]:
         raise UserError(f"--iterations {args.iterations:,} is before {path}.", code=2)
     return checkpoint | {"path": path}
@@ -805,28 +790,22 @@ def find_checkpoint(recipe, args, train_set):
     # torchrun --max-restarts starts a failed run again with the same arguments.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if begun and not (args.resume or restarted):
-        raise UserError(
-            f"{out} holds a run already ({begun[0].name}); give --resume to continue it, or "
-            "another --out.",
-            code=2,
-        )
+        there = f"{out} has a run already ({begun[0].name})"
+        raise UserError(f"{there}; give --resume to continue it, or another --out.", code=2)
     for stale in out.glob(".*.tmp"):  # of a run that was killed while it wrote
         stale.unlink(missing_ok=True)
     if not found:
         return read_trunk(recipe, args, train_set) if args.trunk else None
-    broken = []
-    for path in reversed(found):
-        try:
-            checkpoint = read_checkpoint(path, recipe, args, train_set)
-        except detector.WeightsError as error:
-            if path == found[0]:
-                raise
-            say(f"{error} The checkpoint before it is used instead.")
-            broken.append(path)
-        else:
-            for unreadable in broken:
-                unreadable.rename(unreadable.with_suffix(".broken"))
-            return checkpoint
+    try:
+        return read_checkpoint(found[-1], recipe, args, train_set)
+    except detector.WeightsError as error:
+        if len(found) == 1:
+            raise
+        say(f"{error} The one before it is used: {found[-2].name}.")
+    checkpoint = read_checkpoint(found[-2], recipe, args, train_set)
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        found[-1].rename(found[-1].with_suffix(".broken"))
+    return checkpoint
 
 
 def read_trunk(recipe, args, train_set):
@@ -836,18 +815,12 @@ def read_trunk(recipe, args, train_set):
     same length whatever the total. Raises UserError where that is not so.
     """
     if recipe.cascade_iterations:
-        raise UserError(
-            f"{args.recipe} cannot branch off a trunk: it is switched to a cascade a fixed time "
-            "before its end, which is earlier than the trunk's; train it from the start.",
-            code=2,
-        )
+        # Its switch is a fixed time before its end, so earlier than the trunk's.
+        raise UserError(f"--from: the cascade {args.recipe} is to be trained from its start.", 2)
     shared = [path for path in checkpoints_in(args.trunk) if iteration_of(path) <= recipe.drops[0]]
     if not shared:
-        raise UserError(
-            f"--from {args.trunk}: that folder has no checkpoint from before the first drop of "
-            f"this schedule at {recipe.drops[0]:,}.",
-            code=2,
-        )
+        drop = f"the first drop of this schedule, {recipe.drops[0]:,}"
+        raise UserError(f"--from {args.trunk}: no checkpoint there is from before {drop}.", code=2)
     checkpoint = read_checkpoint(shared[-1], recipe, args, train_set, may_differ=("iterations",))
     theirs = replace(recipe, iterations=checkpoint["recipe"]["iterations"])
     if checkpoint["iteration"] > theirs.drops[0]:
@@ -998,8 +971,6 @@ def describe(recipe, args, world_size, num_images):
         lines[2] += f", {ratio:g} of the recipe's: rate x {ratio:g}, iterations / {ratio:g}"
     if recipe.cascade_iterations:
         lines.append(f"Cascade   from {recipe.iterations - recipe.cascade_iterations:,}")
-    if args.iterations:
-        lines.append(f"Stops     after {args.iterations:,} iterations, the schedule unchanged")
     return "\n".join(lines)
 
 
@@ -1027,10 +998,8 @@ def print_header(recipe, args, checkpoint, model, train_set, val_set, device):
         print(f"Resumes   {checkpoint['path']}, after iteration {checkpoint['iteration']:,}")
         then = checkpoint["world_size"], checkpoint["num_images"]
         if then != (world_size, len(train_set)):
-            print(
-                f"          written by {then[0]} process(es) with {then[1]:,} images: from here on "
-                "no longer the undisturbed run, for other images share a batch"
-            )
+            text = f"written by {then[0]} process(es) with {then[1]:,} images: from here on, other"
+            print(f"          {text} images share a batch than in an undisturbed run")
 
 
 def compare_processes(**facts):
@@ -1042,11 +1011,8 @@ def compare_processes(**facts):
     for name in facts:
         values = [theirs[name] for theirs in everywhere]
         if any(value != values[0] for value in values):
-            raise UserError(
-                f"The processes differ in {name} ({', '.join(map(str, values))}); start all with "
-                "the same arguments, data and --out.",
-                code=2,
-            )
+            seen = f"{name} ({', '.join(map(str, values))})"
+            raise UserError(f"The processes differ in {seen}; start all of them alike.", code=2)
 
 
 def run(arguments):
@@ -1070,8 +1036,11 @@ def run(arguments):
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     recipe = replace(recipe, eval_every=args.eval_every or recipe.eval_every)
     check(recipe, args)  # again, with the numbers of this batch
-    named = {name: getattr(args, name) for name in ("recipe", "seed", "iterations", "resume")}
-    compare_processes(settings=recipe, random=args.init == "random", **named)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in fc layers, too
+    given = {"name": args.recipe, "seed": args.seed, "stop": args.iterations}
+    given["init"] = Path(args.init).name
+    compare_processes(**dataclasses.asdict(recipe) | given)
     train_set, val_set = make_datasets(recipe, args)
     lock = evaluate.lock_folder(args.out) if rank == 0 else contextlib.nullcontext()
     with lock:

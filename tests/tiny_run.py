@@ -1,4 +1,4 @@
-"""The one tiny recipe of all tests, and train.py with it and a fault: what test_faults.py has killed.
+"""The one tiny recipe of all tests; and train.py with it and a fault, for test_faults.py to kill.
 
   FAULT=write:3 python tests/tiny_run.py --data DIR --out OUT [arguments of train.py]
 
