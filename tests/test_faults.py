@@ -135,7 +135,7 @@ def kill_and_resume(launcher, folder, world_size, kills):
             output.touch()
             said = len(output.read_text())
             processes = launcher.start(out, world_size, workers=2 * rng.randint(0, 1), fault=fault)
-            if fault is None:
+            if fault is None and landed < kills:  # enough of them: this run may end
                 victim = rng.choice(processes)
                 if rng.random() < 0.8:  # after a step, on a slow machine too
                     end = time.monotonic() + 30
