@@ -10,7 +10,8 @@ processes (`evaluate`), pictures (`draw`), command line. The plumbing at the end
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, ends silently
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -62,8 +63,8 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
     if isinstance(image, (str, os.PathLike)):
         image = data.read_image(image)
     elif not torch.is_tensor(image):
-        # A copy in C's order, since torch refuses the negative strides of bgr[..., ::-1].
-        image = torch.from_numpy(np.atleast_3d(np.array(image, order="C"))).permute(2, 0, 1)
+        # A copy, since torch refuses the negative strides of bgr[..., ::-1].
+        image = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
     check_images([image])
     size = tuple(image.shape[1:])
     with evaluation_mode(model):
@@ -362,8 +363,9 @@ def map_in_workers(function, items, workers):
     in this process, and may come from a generator.
     """
     init = data.worker_init if workers else None
-    settings = {"batch_size": None, "num_workers": workers, "worker_init_fn": init}
-    return DataLoader(Mapped(function), sampler=items, **settings)
+    return DataLoader(
+        Mapped(function), None, sampler=items, num_workers=workers, worker_init_fn=init
+    )
 
 
 def coco_results(item):
@@ -534,10 +536,9 @@ def format_table(metrics):
 
 def format_classes(metrics):
     """AP of each class as such a table; for metrics from `evaluate(..., per_class=True)`."""
-    (names, *_) = (values["per_class"] for values in metrics.values())
-    return format_table(
-        {name: {kind: row["per_class"][name] for kind, row in metrics.items()} for name in names}
-    )
+    by_class = {kind: row["per_class"] for kind, row in metrics.items()}
+    names = next(iter(by_class.values()))
+    return format_table({name: {kind: by_class[kind][name] for kind in by_class} for name in names})
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -653,11 +654,22 @@ def run(arguments):
     model = load_model(args.weights).to(device)
     if args.tta:
         refuse_keypoints(model)
-    if args.data:
-        evaluate_data(args, model, rank)
-    elif rank == 0:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            detect_in_images(args, model)
+    if args.images:
+        if rank == 0:
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                detect_in_images(args, model)
+        return
+    masks, keypoints = model.config.masks, bool(model.config.keypoints)
+    dataset = data.open_split(args.data, args.split, masks=masks, keypoints=keypoints)
+    with lock_folder(args.out) if args.out and rank == 0 else contextlib.nullcontext():
+        settings = {"tta": args.tta, "workers": args.workers, "amp": args.amp}
+        metrics = evaluate(model, dataset, args.out, per_class=args.per_class, **settings)
+    if rank == 0:
+        if args.per_class:
+            print(format_classes(metrics) + "\n")
+        print(format_table(metrics))
+        if args.out:
+            print(f"results: {args.out}/results_*.json")
 
 
 def make_parser():
@@ -679,21 +691,6 @@ def make_parser():
     add("--workers", type=int, default=2, help="processes for --data that decode images (2)")
     add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
     return parser
-
-
-def evaluate_data(args, model, rank):
-    """`--data`: evaluate on a data set and print the tables on rank 0."""
-    masks, keypoints = model.config.masks, bool(model.config.keypoints)
-    dataset = data.open_split(args.data, args.split, masks=masks, keypoints=keypoints)
-    with lock_folder(args.out) if args.out and rank == 0 else contextlib.nullcontext():
-        settings = {"tta": args.tta, "workers": args.workers, "amp": args.amp}
-        metrics = evaluate(model, dataset, args.out, per_class=args.per_class, **settings)
-    if rank == 0:
-        if args.per_class:
-            print(format_classes(metrics) + "\n")
-        print(format_table(metrics))
-        if args.out:
-            print(f"results: {args.out}/results_*.json")
 
 
 def detect_in_images(args, model):
@@ -836,9 +833,8 @@ def keep_freed_memory():
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 2**31 - 1)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        for parameter in (mmap_threshold, trim_threshold):
+            ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 
 if __name__ == "__main__":

@@ -268,9 +268,10 @@ def nms(boxes, scores, groups, threshold, most):
     sorted_scores, order = scores.sort(dim=1, descending=True, stable=True)
     boxes, groups, candidate = take(boxes, order), take(groups, order), sorted_scores > -math.inf
     # No box depends on a worse one, and on COCO the first 1,000 survivors lie among the best 1,100
-    # to 1,450 boxes: so the others are looked at only where too few survive.
+    # to 2,500 boxes: so the others are looked at only where too few survive.
     n = scores.shape[1]
-    best = min(max(2 * most, 1000), n)
+    best = n if n <= 4 * most else max(3 * most, 1000)
+    best = min(best, n)
     suppress = nms_in_rounds if boxes.is_cuda else nms_one_by_one
     keep, settled = suppress(boxes[:, :best], groups[:, :best], candidate[:, :best], threshold)
     numbers = torch.stack([keep.sum(dim=1), candidate[:, best - 1], settled.expand(len(keep))])

@@ -46,26 +46,26 @@ class GroupNorm(nn.GroupNorm):
         # float32 and contiguous memory only: bfloat16 and channels_last would be copied for it, and
         # torch.compile cannot fuse it with the ReLU and the addition that follow.
         copied = x.dtype != torch.float32 or not x.is_contiguous()
-        if torch.compiler.is_compiling() or (x.is_cuda and copied):
+        if torch.compiler.is_compiling() or (x.is_cuda and copied and x.numel() > 0):
             return self.written_out(x)
         return super().forward(x)
 
     def written_out(self, x):
         """The formula of GroupNorm in torch's operations."""
         n, c = x.shape[:2]
+        groups = (n, self.num_groups, c // self.num_groups)
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         # 1) mean and variance of each channel of each image
         var, mean = torch.var_mean(x32, dim=(2, 3), correction=0)  # [N, C]
+        var, mean = var.view(groups), mean.view(groups)  # [N, groups, C / groups]
         # 2) those of a group: the mean of the means; the mean of the variances plus the variance of
         #    the means. (E[x^2] - E[x]^2 would lose all digits where the mean is large.)
-        var, mean = (s.view(n, self.num_groups, -1) for s in (var, mean))  # [N, groups, C / groups]
         group_mean = mean.mean(dim=2, keepdim=True)  # [N, groups, 1]
         group_var = (var + (mean - group_mean).square()).mean(dim=2, keepdim=True)
         # 3) gamma * (x - mean) / sqrt(var + eps) + beta, as one multiplication and one addition
-        scale = self.weight.view(self.num_groups, -1) * (group_var + self.eps).rsqrt()
-        shift = self.bias.view(self.num_groups, -1) - group_mean * scale  # [N, groups, C / groups]
-        scale, shift = (s.reshape(n, c, 1, 1) for s in (scale, shift))
-        return torch.addcmul(shift, x32, scale).to(x.dtype)
+        scale = self.weight.view(groups[1:]) * (group_var + self.eps).rsqrt()
+        shift = self.bias.view(groups[1:]) - group_mean * scale  # [N, groups, C / groups]
+        return torch.addcmul(shift.view(n, c, 1, 1), x32, scale.view(n, c, 1, 1)).to(x.dtype)
 
 
 class BatchNorm(nn.BatchNorm2d):

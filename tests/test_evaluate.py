@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_norms import run_processes
 from torch import nn
 
 import data
@@ -215,7 +215,7 @@ def imperfect(detections):
     generator = torch.Generator().manual_seed(5)
     changed = {}
     for image_id, found in detections.items():
-        boxes = found["boxes"] + 6 * torch.rand(found["boxes"].shape, generator=generator) - 3
+        boxes = found["boxes"] + 10 * torch.rand(found["boxes"].shape, generator=generator) - 5
         boxes = torch.cat([boxes, torch.tensor([[7.0, 7.0, 40.0, 30.0]])])
         masks = torch.ones(len(boxes), 28, 28)
         masks[:, 10:18, 5:20] = 0
@@ -293,21 +293,24 @@ def test_metrics_are_those_of_the_written_files(tmp_path):
 
 
 def evaluate_in_process(rank, root, detections):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2
-    )
     model = Oracle(detections)
     metrics = evaluate.evaluate(model, open_tiny(root), root / "two", workers=0)
     assert model.calls == 2  # of the four images
     (root / f"metrics_{rank}.json").write_text(json.dumps(metrics))
-    torch.distributed.destroy_process_group()
+    dataset = open_tiny(root)
+    if rank == 1:  # whose data set is another one
+        dataset.image_ids = [1, 2, 3, 4]
+        evaluate.evaluate(model, dataset, workers=0)
+    else:
+        with pytest.raises(UserError, match="different data"):
+            evaluate.evaluate(model, dataset, workers=0)
+        torch.distributed.broadcast_object_list([None])  # for which the other one waits
 
 
 def test_two_processes_write_what_one_does(tmp_path):
     detections = imperfect(tiny_coco(tmp_path))
     one = evaluate.evaluate(Oracle(detections), open_tiny(tmp_path), tmp_path / "one", workers=0)
-    mp.spawn(evaluate_in_process, (tmp_path, detections), nprocs=2)
+    run_processes(evaluate_in_process, tmp_path, detections)
     for rank in range(2):
         assert json.loads((tmp_path / f"metrics_{rank}.json").read_text()) == one
     files = sorted(p.name for p in (tmp_path / "two").iterdir())
@@ -729,28 +732,25 @@ def test_pictures_show_boxes_masks_and_names():
     assert (evaluate.draw(image, soft, ["red"]) != plain).any(0)[80:210, 200:280].all()
 
 
-def test_names_fit_into_pictures_of_any_size():
-    """Enlarged, shrunk, at the border: the name of a small object is beside it, and readable."""
-    for height, width in ((8, 12), (900, 3200), (30, 2000)):
-        image = torch.zeros(3, height, width, dtype=torch.uint8)
-        for box in ([0, 0, 4, 4], [width - 4, height - 4, width, height]):
-            detections = {
-                "boxes": torch.tensor([box]).float(),
-                "labels": torch.tensor([1]),
-                "scores": torch.tensor([0.9]),
-            }
-            picture = evaluate.draw(image, detections, ["a thing"])
-            assert max(picture.shape) == min(max(480, width), 1600)
-            scale = picture.shape[2] / width
-            x1, y1, x2, y2 = (round(side * scale) for side in box)
-            name = picture.any(0).clone()
-            name[max(0, y1 - 1) : y2 + 2, max(0, x1 - 1) : x2 + 2] = False
-            rows, columns = name.nonzero().T if height > 30 else (None, None)
-            if rows is not None:  # large enough for the name beside the box
-                assert rows.max() - rows.min() > picture.shape[2] // 80
-                assert columns.max() - columns.min() > 40
-    keypoints = {"keypoints": torch.tensor([[[5.0, 5.0, 1.0]] * 17])}
-    assert evaluate.draw(some_image(), detections | keypoints, None).shape[2] == 480
+@pytest.mark.parametrize("size", [(100, 150), (900, 3200)])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_names_are_beside_small_objects_and_can_be_read(size, at_end):
+    """In pictures that are enlarged and shrunk, at their borders."""
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    box = [size[1] - 6, size[0] - 6, size[1], size[0]] if at_end else [0, 0, 6, 6]
+    found = {"boxes": torch.tensor([box]).float(), "labels": torch.tensor([1])}
+    found |= {"scores": torch.tensor([0.9]), "keypoints": torch.full((1, 17, 3), box[0] + 3.0)}
+    picture = evaluate.draw(image, found, ["a thing"])
+    assert max(picture.shape) == min(max(480, size[1]), 1600)
+    x1, y1, x2, y2 = (round(side * picture.shape[2] / size[1]) for side in box)
+    name = picture.any(0)
+    name[max(0, y1 - 2) : y2 + 2, max(0, x1 - 9) : x2 + 9] = False
+    rows, columns = name.nonzero().T
+    assert rows.max() - rows.min() > picture.shape[2] // 80  # as high as text to be read
+    assert columns.max() - columns.min() > 2 * (rows.max() - rows.min())
+    drawn = picture.any(0)
+    inside = drawn[y1 + 3 : y2 - 3, x1 + 3 : x2 - 3]  # keypoints only: no name
+    assert not inside.numel() or inside.float().mean() < 0.8
 
 
 def test_a_pictures_failure_costs_nothing_else(tmp_path, monkeypatch, capsys):

@@ -137,7 +137,11 @@ def kill_and_resume(launcher, folder, world_size, kills):
             processes = launcher.start(out, world_size, workers=2 * rng.randint(0, 1), fault=fault)
             if fault is None:
                 victim = rng.choice(processes)
-                time.sleep(rng.uniform(0.1, 3))
+                if rng.random() < 0.8:  # after a step, on a slow machine too
+                    end = time.monotonic() + 30
+                    while "it/s" not in output.read_text()[said:] and time.monotonic() < end:
+                        time.sleep(0.05)
+                time.sleep(rng.uniform(0, 2))
                 victim.kill()
                 victim.join()
                 if "it/s" not in output.read_text()[said:]:

@@ -1,7 +1,9 @@
 """model.py against torchvision, float64, loops and closed forms."""
 
 import dataclasses
+import errno
 import math
+import os
 
 import pytest
 import torch
@@ -764,3 +766,227 @@ def test_frozen_stages_keep_weights_and_statistics(told):
         if "running" in name:
             same = torch.equal(value, before[name])
             assert same == name.startswith(("stem", "res2")), name
+
+
+# -- At the door ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field, make",
+    [
+        ("boxes", lambda t: t["boxes"].long()),
+        ("boxes", lambda t: t["boxes"][:, :3]),
+        ("boxes", lambda t: t["boxes"][:, [2, 1, 0, 3]]),  # x2 < x1
+        ("boxes", lambda t: t["boxes"] * math.nan),
+        ("boxes", lambda t: t["boxes"] + math.inf),
+        ("boxes", lambda t: torch.zeros(0)),
+        ("boxes", lambda t: torch.tensor(1.0)),
+        ("labels", lambda t: t["labels"][:1]),  # one label for several boxes
+        ("labels", lambda t: t["labels"] * 0),
+        ("labels", lambda t: -t["labels"]),
+        ("labels", lambda t: t["labels"] + 5),
+        ("labels", lambda t: t["labels"].float()),
+        ("masks", lambda t: t["masks"][:1]),  # would be read out of bounds
+        ("masks", lambda t: t["masks"][:, :50]),
+        ("masks", lambda t: None),
+        ("masks", lambda t: t["masks"].numpy()),
+        ("keypoints", lambda t: t["keypoints"][:, :, :2]),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_by_image_and_field(field, make):
+    model = small_model(keypoints=17).train()
+    images, targets = scene()
+    targets[1] = targets[1] | {field: make(targets[1])}
+    with pytest.raises(ValueError) as error:
+        model(images, targets)
+    message = str(error.value)
+    others = {"boxes", "labels", "masks", "keypoints"} - {field}
+    assert "targets[1]" in message and message.endswith(".") and "\n" not in message
+    # Where the number of boxes is wrong, it may be another field that does not fit them.
+    assert f"'{field}'" in message or (field == "boxes" and any(o in message for o in others))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(1, 3, 40, 40),
+        torch.zeros(40, 40),
+        torch.zeros(1, 40, 40),
+        torch.zeros(3, 0, 40),
+        torch.zeros(3, 40, 40, dtype=torch.int64),
+        torch.full((3, 40, 40), 200.0),  # float in 0..255
+        torch.full((3, 40, 40), math.nan),
+        [[[0]]],
+    ],
+)
+def test_images_of_another_form_are_refused(image, training):
+    model = small_model(masks=False).train(training)
+    (good, _), targets = scene()
+    with pytest.raises(ValueError, match=r"images\[1\]"):
+        model([good, image], targets)
+    for nothing in ([], torch.zeros(2, 3, 40, 40)):
+        with pytest.raises(ValueError, match="images must be a list"):
+            model(nothing, targets)
+
+
+def test_a_list_of_targets_for_each_image_is_needed():
+    model = small_model(masks=False).train()
+    images, targets = scene()
+    for wrong in (None, targets[:1], targets[0]):
+        with pytest.raises(ValueError, match="targets must be a list of 2"):
+            model(images, wrong)
+
+
+# -- Checkpoints ---------------------------------------------------------------------------------
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["gn", "syncbn", "frozen_bn"])
+def test_a_saved_model_is_loaded_as_it_was(tmp_path, norm):
+    model = small_model(norm=norm, cascade=True, keypoints=3, image_mean=(0.375, 0.5, 0.625))
+    model.data_settings |= {"min_size": 96, "classes": list("abcde")}
+    detector.save_model(model, tmp_path / "a.pth", iteration=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    loaded = detector.load_model(tmp_path / "a.pth")
+    assert loaded.config == model.config and loaded.data_settings == model.data_settings
+    assert not loaded.training and same_weights(model, loaded)
+    assert detector.read_checkpoint(tmp_path / "a.pth")["iteration"] == 3
+    assert loaded.box_heads[0].classifier.weight.requires_grad
+
+
+def test_weights_of_other_classes_leave_the_predictors_and_name_them(tmp_path, capsys):
+    model = small_model(seed=1, image_mean=(0.25, 0.5, 0.75), num_classes=7)
+    detector.save_model(model, tmp_path / "a.pth")
+    other = small_model(seed=2)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    detector.load_weights(other, tmp_path / "a.pth")
+    predictors = ("box_heads.0.classifier", "box_heads.0.regressor", "mask_head.predictor")
+    said = capsys.readouterr().out
+    assert all(name in said for name in predictors)
+    for name, tensor in other.state_dict().items():
+        expected = before if name.startswith(predictors) else model.state_dict()
+        assert torch.equal(tensor, expected[name]), name
+    assert other.config.image_mean == (0.25, 0.5, 0.75) and "image_mean" in said
+    assert other.config.num_classes == 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"norm": "syncbn"}, {"norm": "none"}, {"stem_width": 64}, {"blocks": (1, 1, 2, 1)}],
+)
+def test_weights_of_another_backbone_are_refused_and_change_nothing(tmp_path, arguments):
+    detector.save_model(small_model(), tmp_path / "a.pth")
+    model = small_model(seed=1, **arguments)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(detector.WeightsError) as error:
+        detector.load_weights(model, tmp_path / "a.pth")
+    assert "a.pth" in str(error.value) and "backbone." in str(error.value)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def nested(depth=60):
+    value = (0, 0)
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"blocks": (10**9, 1, 1, 1)},
+        {"blocks": nested()},
+        {"anchor_sizes": nested()},
+        {"stem_width": 10**9},
+        {"num_classes": 20_000},  # in range, but not what the weights have
+        {"width_per_group": 20_000},
+        {"backbone": "x" * 10**6},
+        {"x" * 10**6: 1},
+        {"image_std": (0.0, 0.0, 0.0)},
+        {"norm": None},
+        nested(),
+        None,
+    ],
+)
+def test_a_hostile_config_is_refused_at_once(tmp_path, config):
+    content = {"data": {}, "weights": small_model().state_dict()}
+    good = dataclasses.asdict(small_model().config)
+    content["config"] = good | config if isinstance(config, dict) else config
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(detector.WeightsError) as error:
+        detector.load_model(tmp_path / "a.pth")
+    message = str(error.value)
+    assert "a.pth" in message and "\n" not in message and len(message) < 500
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    model = small_model()
+    path = tmp_path / "a.pth"
+    detector.save_model(model, path)
+    whole = path.read_bytes()
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"<html>404</html>",
+        "flipped": whole[:-400] + b"?" * 400,
+    }
+    for name, content in contents.items():
+        path.write_bytes(content)
+        check_refused(path, name)
+    for name, content in {
+        "a list": [1],
+        "a bare state dict": model.state_dict(),
+        "another project's": {"model": {"conv1.weight": torch.zeros(1)}},
+        "no tensors": {"config": {}, "data": {}, "weights": {"a": 1}},
+        "code": {"config": os.system},
+    }.items():
+        torch.save(content, path)
+        check_refused(path, name)
+    check_refused(tmp_path / "missing.pth", "missing")
+    check_refused(tmp_path, "a folder")
+
+
+def check_refused(path, name):
+    for read in (detector.read_checkpoint, detector.load_model):
+        with pytest.raises(detector.WeightsError) as error:
+            read(path)
+        message = str(error.value)
+        assert str(path) in message and message.endswith(".") and "\n" not in message, name
+        assert "weights_only" not in message, name
+
+
+def test_write_whole_leaves_the_old_file_or_writes_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    with detector.write_whole(path) as file:
+        file.write(b"old")
+    with pytest.raises(ZeroDivisionError), detector.write_whole(path) as file:
+        file.write(b"new")
+        1 / 0  # noqa: B018
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(detector.os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        detector.save_model(small_model(), path)
+    assert error.value.filename == str(path) and error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    plain_open = open
+
+    def on_a_full_disk(name, mode):
+        return plain_open("/dev/full" if mode == "wb" else name, mode)
+
+    monkeypatch.setattr(detector, "open", on_a_full_disk, raising=False)
+    with pytest.raises(OSError) as error:
+        detector.save_model(small_model(), path)
+    assert error.value.filename == str(path) and error.value.errno == errno.ENOSPC

@@ -99,6 +99,14 @@ def test_a_recipe_that_cannot_work_is_refused(changes, named):
     assert caught.value.code == 2 and str(caught.value).count(".\n") == 0
 
 
+def test_compiled_syncbn_over_processes_is_refused(monkeypatch):
+    compiled = replace(RECIPES["r50-syncbn"], compile=True)
+    checked(compiled)
+    monkeypatch.setattr(train, "rank_and_size", lambda: (0, 2))
+    with pytest.raises(UserError, match="--compile"):
+        checked(compiled)
+
+
 def test_what_works_is_not_refused():
     frozen = replace(RECIPES["r50-gn"], norm="frozen_bn", freeze_at=2)
     checked(frozen, "--init", "weights.pth")
