@@ -547,7 +547,8 @@ def paste_rows(dataset, names, args):
 
     functions = {"ours": functools.partial(score, evaluate.COCOeval)}
     with contextlib.suppress(ImportError, AttributeError):
-        from detectron2.evaluation.coco_evaluation import COCOeval_opt  # C++, where it is built
+        from detectron2 import _C  # noqa: F401 (its C++ part, where it is built)
+        from detectron2.evaluation.coco_evaluation import COCOeval_opt
 
         functions["Detectron2"] = functools.partial(score, COCOeval_opt)
     [(_, times), *_] = alternate("COCO's metrics", functions, args)
