@@ -122,7 +122,7 @@ def test_pre_training_gives_a_backbone_to_fine_tune(coco, tmp_path, small_pretra
     tuned = ["--init", str(weights), "--out", str(tmp_path / "tuned"), "--iterations", "1"]
     assert train.main([*fixed, *tuned]) == 0
     told = capsys.readouterr().out
-    assert "left at their initialization" in told and "2 stages frozen" in told
+    assert "left as they were" in told and "2 stages frozen" in told
     before = torch.load(weights, weights_only=True)["weights"]
     after = torch.load(tmp_path / "tuned" / "checkpoint_0000001.pth")["weights"]
     assert all(n.startswith(("backbone.", "image_")) for n in before)
