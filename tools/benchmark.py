@@ -1,32 +1,29 @@
-"""Speed and memory, beside torchvision's and Detectron2's Mask R-CNN of the same architecture.
+"""Speed and memory beside torchvision's and Detectron2's Mask R-CNN of the same architecture.
 
-  python tests/benchmark.py --data coco
-  python tests/benchmark.py --data coco --parts train,floor --repeats 7
-  python tests/benchmark.py --data coco --device cuda --batch 8 --amp --compile
-  python tests/benchmark.py --data coco --quick --repeats 1     narrow and small: does it run?
+  python tools/benchmark.py --data coco                              on the CPU: batch 2, fp32
+  python tools/benchmark.py --data coco --device cuda                batch 2 and 8; fp32, TF32, bf16
+  python tools/benchmark.py --data coco --parts train --batch 8 --precision tf32 amp --compile
+  python tools/benchmark.py --data coco --quick                      narrow and small: does it run?
 
 All sides are R50-FPN with GroupNorm(32) in backbone, FPN, 4conv1fc box head and mask head, with 80
 classes, the same numbers of anchors, proposals and RoIs, 2 x 2 samples a bin of RoIAlign, and the
 *same weights*: random, scaled so that there are detections. They see the same real images with
 their real objects, resized before, in one process and in turn: A B C, A B C, ... Times are medians.
-Detectron2's column stays empty where it cannot be imported.
+Detectron2's column stays empty where it cannot be imported; its C++ part is not needed.
 
   train      forward, backward, SGD
   inference  one image at a time, masks pasted to the size of its file; on the CPU at the end
+  switches   our train step with each change for speed switched off, or on, in turn
+  memory     peak of two train steps and of two inferences, each side in a process of its own (on
+             CUDA: beside the times, beyond what was there before)
   loader     decode, resize, flip, boxes and masks: one process, one thread
   paste      100 masks an image pasted and run-length coded; COCO's metrics of such images
-  memory     peak of two train steps and of two inferences, each side in a process of its own
-  growth     time and memory of a step against the number of objects and of images
-  floor      multiply-adds of our convolutions and linear layers over the rate of a bare 3x3
-             convolution of 256 channels on this machine; also part by part, forward
 
 The table goes to stdout, progress to stderr.
 """
 
 import argparse
-import collections
 import contextlib
-import ctypes
 import datetime
 import functools
 import math
@@ -51,19 +48,19 @@ from torchvision import ops, tv_tensors
 from torchvision.models.detection import roi_heads
 from torchvision.transforms import v2
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import peer_torchvision  # noqa: E402
-import test_agreement  # noqa: E402
+import test_agreement
 
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import model as detector  # noqa: E402
-import train  # noqa: E402
+import data
+import evaluate
+import model as detector
+import norms
+import train
+from tools import convert_weights, make_detectron2_golden, peer_torchvision
 
-TASKS = ("train", "inference", "loader", "paste", "memory", "growth", "floor")
-PARTS = ("backbone", "FPN", "RPN", "box head", "mask head")
+TASKS = ("train", "inference", "switches", "memory", "loader", "paste")
 RATE = 1e-9  # so small that the weights, and with them the work of a step, stay as they are
 QUICK = {
     "stem_width": 32, "width_per_group": 32, "fpn_channels": 64, "box_head_channels": 64,
@@ -71,19 +68,19 @@ QUICK = {
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
-# The sides. Each is a model; the modules of its PARTS; its optimizer; prepare(image, target), what
-# its loader would give; losses(list of those); detect(image, height, width), masks [N, H, W] on
-# the CPU. Bringing images and targets to the device belongs to the step.
+# The sides. Each is a model; its optimizer; prepare(image, target), what its loader would give;
+# losses(list of those); detect(image, height, width), masks [N, H, W] on the CPU. Bringing images
+# and targets to the device belongs to the step.
 # ------------------------------------------------------------------------------------------------
 
 
 def scaled_model(args):
     """Our model with the weights of test_agreement.py, which give real detections."""
     model = detector.build_model(**(QUICK if args.quick else {}))
-    shapes = {name: tuple(t.shape) for name, t in detector.to_detectron2(model).items()}
+    shapes = {name: tuple(t.shape) for name, t in convert_weights.to_detectron2(model).items()}
     weights = test_agreement.golden_weights("gn", shapes)
-    found, _ = detector.translate(weights, "detectron2", model)
-    model.load_state_dict(found | {n: getattr(model, n) for n in detector.STATISTICS_NAMES})
+    found, _ = convert_weights.translate(weights, "detectron2", model)
+    model.load_state_dict(found, strict=False)  # all but the image statistics
     return model
 
 
@@ -97,19 +94,17 @@ def pinned_target(target):
 
 def ours(args):
     """This project, as train.py and evaluate.py use it."""
-    model = scaled_model(args).to(args.device)
+    model = scaled_model(args)
+    model.data_settings |= {"min_size": args.sizes[0], "max_size": args.sizes[1]}
+    train.place(model, args.device)
     recipe = replace(train.RECIPES["r50-gn"], learning_rate=RATE)
-    if args.compile:
-        train.compile_parts(model)
 
     def detect(image, height, width):
-        found = evaluate.detect(model, image, height, width, *args.sizes)
+        found = evaluate.detect(model, image, (height, width))
         return evaluate.paste_masks(found["masks"], found["boxes"], height, width)
 
     return SimpleNamespace(
         model=model,
-        parts=[[m] for m in (model.backbone, model.fpn, model.rpn, model.box_heads[0])]
-        + [[model.mask_head]],
         optimizer=train.make_optimizer(model, recipe),
         prepare=lambda image, target: (pinned(image), pinned_target(target)),
         losses=lambda batch: model(*train.to_device(*zip(*batch), args.device)),
@@ -136,45 +131,42 @@ TORCHVISION_NAMES = {
 BACKGROUND = {"box_heads.0.regressor": 4, "mask_head.predictor": 1}
 
 
-def to_torchvision(model):
-    """The weights of our model by the names of torchvision's detector."""
+def to_torchvision(model, theirs):
+    """The weights of our model by the names of `theirs`, torchvision's detector."""
+    own = model.state_dict()
     state = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("backbone."):
-            state["backbone.body." + detector.foreign_name(name, "torchvision")] = tensor
-        for module, theirs in TORCHVISION_NAMES.items():
+    for name in theirs.state_dict():
+        if name.startswith("backbone.body."):
+            ours = convert_weights.our_name(name.removeprefix("backbone.body."), "torchvision")
+            state[name] = own[ours]
+    for name, tensor in own.items():
+        for module, there in TORCHVISION_NAMES.items():
             if name.startswith(module + "."):
                 rest = name.removeprefix(module).replace(".conv.", ".0.").replace(".norm.", ".1.")
                 rows = torch.zeros_like(tensor[: BACKGROUND.get(module, 0)])
-                state[theirs + rest] = torch.cat([rows, tensor])
+                state[there + rest] = torch.cat([rows, tensor])
     return state
 
 
 def torchvisions(args):
     """torchvision's Mask R-CNN, built of its parts as in peer_torchvision.py."""
     own = scaled_model(args)
-    c = {k: v for k, v in own.config.items() if not k.startswith("rpn_") or "_top_n_" in k}
-    sizes = {"test_size": args.sizes[0], "max_size": args.sizes[1]}
-    recipe = replace(train.RECIPES["r50-gn"], model=c, **sizes)
-    model = peer_torchvision.build_peer(recipe, c["num_classes"])
-    model.load_state_dict(to_torchvision(own))
+    model = peer_torchvision.build_peer(own.config, *args.sizes)
+    model.load_state_dict(to_torchvision(own, model))
     model.transform.resize = lambda image, target: (image, target)  # that was done before
     model.to(args.device)
-    heads = model.roi_heads
 
     def detect(image, height, width):
         # The steps of its forward, which pastes to the size of what it is given.
         images, _ = model.transform([(image.float() / 255).to(args.device)])
         features = model.backbone(images.tensors)
         proposals, _ = model.rpn(images, features)
-        found, _ = heads(features, proposals, images.image_sizes)
+        found, _ = model.roi_heads(features, proposals, images.image_sizes)
         found = model.transform.postprocess(found, images.image_sizes, [(height, width)])
         return (found[0]["masks"][:, 0] >= 0.5).cpu()
 
     return SimpleNamespace(
         model=model,
-        parts=[[model.backbone.body], [model.backbone.fpn], [model.rpn.head]]
-        + [[heads.box_head, heads.box_predictor], [heads.mask_head, heads.mask_predictor]],
         optimizer=torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4),
         prepare=lambda image, target: (pinned(image.float() / 255), pinned_target(target)),
         losses=lambda batch: model(*train.to_device(*zip(*batch), args.device)),
@@ -184,17 +176,15 @@ def torchvisions(args):
 
 def detectron2s(args):
     """Detectron2's scratch_mask_rcnn_R_50_FPN_3x_gn, with our pixel mean and RoIAlign samples."""
-    import make_detectron2_golden as golden
     from detectron2.solver import build_optimizer
     from detectron2.structures import BitMasks, Boxes, Instances
     from detectron2.utils.events import EventStorage
 
     own = scaled_model(args)
-    weights = detector.to_detectron2(own)
+    weights = convert_weights.to_detectron2(own)
     weights = {name: t for name, t in weights.items() if not name.startswith("pixel_")}
-    model = golden.detectron2_model(own.config, weights).to(args.device)
-    heads = model.roi_heads
-    cfg = golden.detectron2_config(own.config)
+    model = make_detectron2_golden.detectron2_model(own.config, weights).to(args.device)
+    cfg = make_detectron2_golden.detectron2_config(own.config)
     cfg.SOLVER.BASE_LR = RATE
 
     def prepare(image, target):
@@ -213,9 +203,7 @@ def detectron2s(args):
         return found[0]["instances"].to("cpu").pred_masks
 
     return SimpleNamespace(
-        model=model,  # its FPN calls the backbone, its mask head computes targets and loss
-        parts=[[model.backbone.bottom_up], [model.backbone], [model.proposal_generator.rpn_head]]
-        + [[heads.box_head, heads.box_predictor], [heads.mask_head]],
+        model=model,
         optimizer=build_optimizer(cfg, model),
         prepare=prepare,
         losses=losses,
@@ -226,27 +214,32 @@ def detectron2s(args):
 SIDES = {"ours": ours, "torchvision": torchvisions, "Detectron2": detectron2s}
 
 
-def precision(args):
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
+@contextlib.contextmanager
+def precision(name, device):
+    """fp32: strict float32; tf32: CUDA's shorter products; amp: bfloat16 autocast, and TF32."""
+    allowed = name != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    with torch.autocast(device.type, torch.bfloat16, enabled=name == "amp"):
+        yield
 
 
 def prepare_all(side, samples):
     return [side.prepare(image, target) for image, target, _ in samples]
 
 
-def train_step(side, batch, args):
+def train_step(side, batch, args, number):
     side.model.train()
-    with precision(args):
+    with precision(number, args.device):
         losses = side.losses(batch)
-    sum(losses.values()).backward()
+        sum(losses.values()).backward()
     side.optimizer.step()
     side.optimizer.zero_grad(set_to_none=True)
 
 
-def inference(side, samples, args):
+def inference(side, samples, args, number):
     """Detect in one image after the other; how many detections there are in each."""
     side.model.eval()
-    with torch.no_grad(), precision(args):
+    with torch.no_grad(), precision(number, args.device):
         return [len(side.detect(image, *size)) for image, _, size in samples]
 
 
@@ -272,24 +265,8 @@ def choose_samples(dataset, count, sizes):
     return samples
 
 
-def with_objects(sample, count):
-    """The sample with `count` made-up objects, ellipses from small to large."""
-    image, _, size = sample
-    h, w = image.shape[-2:]
-    random = np.random.RandomState(count)
-    y, x = np.ogrid[:h, :w]
-    boxes, masks = np.zeros((count, 4), np.float32), np.zeros((count, h, w), np.uint8)
-    for box, mask in zip(boxes, masks):
-        sides = np.exp(random.uniform(np.log(h / 50), np.log(h / 2), 2))
-        x1, y1 = random.uniform(0, (w, h) - sides)
-        box[:] = x1, y1, x1 + sides[0], y1 + sides[1]
-        mask[:] = (2 * (x - x1) / sides[0] - 1) ** 2 + (2 * (y - y1) / sides[1] - 1) ** 2 < 1
-    target = {"boxes": boxes, "labels": random.randint(1, 81, count), "masks": masks}
-    return image, {name: torch.from_numpy(value) for name, value in target.items()}, size
-
-
 # ------------------------------------------------------------------------------------------------
-# Time, multiply-adds and memory. A row of the table is (title, {side: value}, floor or None)
+# Time and memory. A row of the table is (title, {side: value})
 # ------------------------------------------------------------------------------------------------
 
 
@@ -303,140 +280,94 @@ def clock(args):
     return time.perf_counter()
 
 
-def set_allocator(name, args):
-    """Have malloc behave as in a program that uses this side (the floor: as ours).
-
-    train.py and evaluate.py set it on the CPU (evaluate.keep_freed_memory); the peers have glibc's
-    defaults, which are where its adaptive thresholds end: 32 and 64 MB.
-    """
-    if name not in ("torchvision", "Detectron2") or args.same_malloc:
-        evaluate.keep_freed_memory()
-        return
-    with contextlib.suppress(OSError, TypeError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 * 2**20)
-        libc.mallopt(-1, 64 * 2**20)
-        libc.malloc_trim(0)
-
-
 def alternate(title, functions, args):
-    """Call the functions {side: f} in turn: {side: median seconds}. The first rounds warm up."""
-    warmup = 3 if args.device.type == "cuda" else 1
-    times = {name: [] for name in functions}
-    for _ in range(warmup + args.repeats):
+    """Call the functions {side: f} in turn, after a round to warm up (CUDA: three): rows of median
+    seconds and, on CUDA, of the peak of memory beyond what was there before the call."""
+    cuda = args.device.type == "cuda"
+    times, peaks = ({name: [] for name in functions} for _ in range(2))
+    for _ in range((3 if cuda else 1) + args.repeats):
         for name, function in functions.items():
-            set_allocator(name, args)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             start = clock(args)
             function()
             times[name].append(clock(args) - start)
+            if cuda:
+                peaks[name].append((torch.cuda.max_memory_allocated() - before) / 2**20)
     for name, seconds in times.items():
-        del seconds[:warmup]
+        del seconds[: -args.repeats]
         say(f"{title}: {name}", *(f"{s:.4g}" for s in seconds))
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    rows = [(f"{title}: s", {name: statistics.median(x) for name, x in times.items()})]
+    if cuda:
+        rows.append((f"{title}: peak MiB", {name: max(x) for name, x in peaks.items()}))
+    return rows
 
 
-def train_row(title, sides, samples, args, floor=None):
-    steps = {
-        name: functools.partial(train_step, side, prepare_all(side, samples), args)
-        for name, side in sides.items()
+def train_rows(sides, samples, args):
+    for size in args.batch:
+        steps = [(number, sides) for number in args.precision]
+        if args.compile:
+            compiled = SIDES["ours"](args)
+            train.compile_parts(compiled.model)
+            steps.append((args.precision[-1], {"ours": compiled}))
+        for number, some in steps:
+            functions = {
+                n: functools.partial(
+                    train_step, side, prepare_all(side, samples[:size]), args, number
+                )
+                for n, side in some.items()
+            }
+            title = f"train step of {size} images, {number}"
+            title += ", ours compiled" * (some is not sides)
+            yield from alternate(title, functions, args)
+
+
+def inference_rows(sides, samples, args):
+    for number in args.precision:
+        image = samples[:1]
+        say("detections:", {n: inference(side, image, args, number) for n, side in sides.items()})
+        runs = {n: functools.partial(inference, s, image, args, number) for n, s in sides.items()}
+        yield from alternate(f"inference, {number}", runs, args)
+
+
+def switch_rows(side, samples, args):
+    """Our step with one thing changed: {title: what changes it while it is entered}."""
+    number = "tf32" if "tf32" in args.precision else args.precision[0]
+    cuda = args.device.type == "cuda"
+
+    @contextlib.contextmanager
+    def layout(chosen, other):
+        side.model.to(memory_format=chosen)
+        yield
+        side.model.to(memory_format=other)
+
+    layouts = (torch.contiguous_format, torch.channels_last)
+    kernel, formula = nn.GroupNorm.forward, norms.GroupNorm.written_out
+    rounds, single = detector.nms_in_rounds, detector.nms_one_by_one
+
+    @contextlib.contextmanager
+    def sgd(fused):
+        with contextlib.ExitStack() as stack:
+            for group in side.optimizer.param_groups:
+                stack.enter_context(mock.patch.dict(group, fused=fused, foreach=not fused))
+            yield
+
+    switches = {
+        "as it is": contextlib.nullcontext(),
+        f"channels_last {'off' if cuda else 'on'}": layout(*(layouts if cuda else layouts[::-1])),
+        "GroupNorm by torch's kernel": mock.patch.object(norms.GroupNorm, "forward", kernel),
+        "GroupNorm written out": mock.patch.object(norms.GroupNorm, "forward", formula),
+        "NMS one box after the other": mock.patch.object(detector, "nms_in_rounds", single),
+        "NMS in rounds": mock.patch.object(detector, "nms_one_by_one", rounds),
+        "stem and res2 recomputed": mock.patch.object(side.model.backbone, "recompute", True),
+        f"SGD {'not ' if cuda else ''}fused": sgd(not cuda),
     }
-    return f"{title}: s", alternate(title, steps, args), floor
-
-
-def inference_row(sides, samples, args, floor=None):
-    runs = {name: functools.partial(inference, side, samples, args) for name, side in sides.items()}
-    times = alternate("inference", runs, args)
-    return "inference: s an image", {k: s / len(samples) for k, s in times.items()}, floor
-
-
-def convolution_rates(args):
-    """Multiply-adds a second of a bare convolution, forward and with backward ("step").
-
-    In the faster one of the two memory formats.
-    """
-    size = (25, 42) if args.quick else (200, 336)
-    rates = collections.Counter()
-    for layout in (torch.contiguous_format, torch.channels_last):
-        conv = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(args.device, memory_format=layout)
-        x = torch.randn(args.batch, 256, *size, device=args.device)
-        x = x.to(memory_format=layout).requires_grad_()
-        work = x.numel() * conv.weight[0].numel()
-
-        def forward(conv=conv, x=x):
-            with precision(args):
-                return conv(x)
-
-        grad = torch.randn_like(forward())
-
-        def step(forward=forward, inputs=(x, conv.weight), grad=grad):
-            torch.autograd.grad(forward(), inputs, grad)
-
-        times = alternate(f"bare convolution, {layout}", {"forward": forward, "step": step}, args)
-        rates |= {"forward": work / times["forward"], "step": 3 * work / times["step"]}  # larger
-    say(*(f"{name}: {rate / 1e9:.1f} G multiply-adds a second" for name, rate in rates.items()))
-    return rates
-
-
-def multiply_adds(side, function):
-    """Multiply-adds of each of PARTS while function() runs forward; "step": with a backward pass.
-
-    That computes two gradients, each as much work as the forward pass; of the first layer only one.
-    The mask head's last layer, a thousandth of it, is no module call and not counted.
-    """
-    total = collections.Counter()
-
-    def count(part, module, inputs, output):
-        of = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-        work = of.numel() * module.weight[0].numel()
-        total[part] += work
-        total["step"] += (3 if inputs[0].requires_grad else 2) * work
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no hooks
-        for part, modules in zip(PARTS, side.parts):
-            for module in nn.ModuleList(modules).modules():
-                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                    hook = module.register_forward_hook(functools.partial(count, part))
-                    stack.callback(hook.remove)
-        function()
-    return total
-
-
-def part_times(side, batch, args):
-    """Seconds of each of PARTS in the forward pass of a train step, and of "everything else"."""
-    times, starts = collections.Counter(), {}
-
-    def begin(module, inputs):
-        starts[module] = clock(args)
-
-    def end(part, module, inputs, output):
-        times[part] += clock(args) - starts[module]
-
-    side.model.train()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(precision(args))
-        for part, modules in zip(PARTS, side.parts):
-            for module in modules:
-                stack.callback(module.register_forward_pre_hook(begin).remove)
-                stack.callback(module.register_forward_hook(functools.partial(end, part)).remove)
-        start = clock(args)
-        side.losses(batch)
-        whole = clock(args) - start
-    if side.parts[0][0] in side.parts[1][0].modules():  # Detectron2's FPN calls the backbone
-        times["FPN"] -= times["backbone"]
-    return {part: times[part] for part in PARTS} | {"everything else": whole - times.total()}
-
-
-def part_rows(sides, samples, work, rates, args):
-    batches = {name: prepare_all(side, samples) for name, side in sides.items()}
-    found = collections.defaultdict(list)
-    for _ in range(1 + args.repeats):
-        for name, side in sides.items():
-            set_allocator(name, args)
-            found[name].append(part_times(side, batches[name], args))
-    for part in (*PARTS, "everything else"):
-        times = {n: statistics.median(t[part] for t in runs[1:]) for n, runs in found.items()}
-        yield f"{part}, forward: s", times, work[part] / rates["forward"] or None
+    batch = prepare_all(side, samples[: args.batch[0]])
+    step = {"ours": functools.partial(train_step, side, batch, args, number)}
+    for title, change in switches.items():
+        with change:
+            yield from alternate(f"{number}, {title}", step, args)
 
 
 def resident(field):
@@ -450,26 +381,22 @@ def resident(field):
 
 def measure_memory(name, task, path, args):
     """What a process of its own does: the peak, in MiB, of two train steps or inferences."""
-    set_allocator(name, args)
     side = SIDES[name](args)
-    samples = torch.load(path)
+    samples = torch.load(path, weights_only=True)
     batch = prepare_all(side, samples)
-    if args.device.type == "cpu":
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now
-        before = resident("VmRSS")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now
+    before = resident("VmRSS")
     for _ in range(2):  # from the second step on there is momentum
         if task == "train":
-            train_step(side, batch, args)
+            train_step(side, batch, args, args.precision[-1])
         else:
-            inference(side, samples[:1], args)
-    if args.device.type == "cpu":
-        return resident("VmHWM") - before
-    return torch.cuda.max_memory_allocated() / 2**20
+            inference(side, samples[:1], args, args.precision[-1])
+    return resident("VmHWM") - before
 
 
 def memory_row(title, names, task, samples, args):
-    """The row of `measure_memory`; nan where a side failed."""
+    """The row of `measure_memory`; nothing where a side failed."""
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/samples.pth"
@@ -481,19 +408,7 @@ def memory_row(title, names, task, samples, args):
                 say(done.stderr[-1000:])
             peaks[name] = math.nan if done.returncode else float(done.stdout.split()[-1])
             say(f"{title}: {name} {peaks[name]:.0f}")
-    return title, peaks, None
-
-
-def growth_rows(sides, samples, args):
-    objects = (1, 50) if args.quick else (1, 10, 50, 100, 200)
-    images = (1, 2) if args.quick else (1, 2, 4)
-    batch = samples[: args.batch]
-    cases = {f"step with {n} made-up objects an image": (batch, n) for n in objects}
-    cases |= {f"step of {n} real images": (samples[:n], None) for n in images}
-    for title, (chosen, count) in cases.items():
-        chosen = [with_objects(sample, count) if count else sample for sample in chosen]
-        yield train_row(title, sides, chosen, args)
-        yield memory_row(f"{title}: peak MiB", sides, "train", chosen, args)
+    return title, peaks
 
 
 # ------------------------------------------------------------------------------------------------
@@ -525,7 +440,7 @@ def torchvision_loader(dataset, sizes):
     return load
 
 
-def detectron2_loader(dataset, sizes, mask_format):
+def detectron2_loader(dataset, sizes):
     from detectron2.data import DatasetMapper
     from detectron2.data import transforms as T
     from detectron2.data.datasets.coco import load_coco_json
@@ -534,18 +449,17 @@ def detectron2_loader(dataset, sizes, mask_format):
     records = {record["image_id"]: record for record in records}
     mapper = DatasetMapper(
         is_train=True, augmentations=[T.ResizeShortestEdge(*sizes), T.RandomFlip()],
-        image_format="BGR", use_instance_mask=True, instance_mask_format=mask_format,
+        image_format="BGR", use_instance_mask=True, instance_mask_format="bitmask",
     )  # fmt: skip
     return lambda i: mapper(records[dataset.image_ids[i]])
 
 
 def loader_rows(dataset, names, args):
     training_set = data.TrainingSet(dataset, args.sizes[:1], args.sizes[1])
-    loaders = {"ours": lambda i: training_set[i, i]}
+    loaders = {"ours": lambda i: training_set[[(i, i)]]}
     loaders["torchvision"] = torchvision_loader(dataset, args.sizes)
     if "Detectron2" in names:
-        loaders["Detectron2"] = detectron2_loader(dataset, args.sizes, "bitmask")
-        loaders["polygons"] = detectron2_loader(dataset, args.sizes, "polygon")
+        loaders["Detectron2"] = detectron2_loader(dataset, args.sizes)
     count = min(4 if args.quick else 80, len(dataset))
 
     def read(load):
@@ -555,11 +469,10 @@ def loader_rows(dataset, names, args):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     passes = {name: functools.partial(read, load) for name, load in loaders.items()}
-    speeds = {name: count / s for name, s in alternate("loader", passes, args).items()}
+    [(_, times), *_] = alternate("loader", passes, args)
+    speeds = {name: count / seconds for name, seconds in times.items()}
     torch.set_num_threads(threads)
-    polygons = {"ours": speeds["ours"], "Detectron2": speeds.pop("polygons", math.nan)}
-    yield "loader, bit masks: images/s of a core", speeds, None
-    yield "the same, Detectron2 with polygons: images/s", polygons, None
+    yield "loader, bit masks: images/s of a core", speeds
 
 
 # ------------------------------------------------------------------------------------------------
@@ -568,7 +481,7 @@ def loader_rows(dataset, names, args):
 
 
 def made_up_detections(dataset, i, count=100):
-    """(detections as from `evaluate.to_image`, height, width): the objects of image i, shifted."""
+    """(detections as from `evaluate.detect`, height, width): the objects of image i, shifted."""
     image, target = dataset[i]
     size = tuple(image.shape[-2:])
     index = torch.arange(count) % len(target["boxes"])
@@ -583,8 +496,8 @@ def made_up_detections(dataset, i, count=100):
 
 
 def our_results(image_id, detections, height, width, category_ids):
-    detections = {name: value.cpu() for name, value in detections.items()}
-    return evaluate.coco_results(image_id, detections, height, width, category_ids)
+    detections = {name: value.cpu().numpy() for name, value in detections.items()}
+    return evaluate.coco_results((image_id, detections, (height, width), category_ids))[1]
 
 
 def torchvision_results(image_id, detections, height, width, category_ids):
@@ -619,12 +532,13 @@ def paste_rows(dataset, names, args):
 
     makers = dict(zip(SIDES, (our_results, torchvision_results, detectron2_results)))
     functions = {name: functools.partial(results, makers[name]) for name in names}
-    times = alternate("paste and RLE", functions, args)
+    [(_, times), *_] = alternate("paste and RLE", functions, args)
     milliseconds = {name: 1000 * s / len(ids) for name, s in times.items()}
-    yield "paste and RLE of 100 masks: ms an image", milliseconds, None
+    yield "paste and RLE of 100 masks: ms an image", milliseconds
 
     truth, final = dataset.coco_gt(), sum(results(our_results), [])
-    subset = SimpleNamespace(image_ids=ids, category_ids=dataset.category_ids)
+    kept = {"category_ids": dataset.category_ids, "classes": dataset.classes}
+    subset = SimpleNamespace(image_ids=ids, **kept)
 
     def score(scorer):
         with mock.patch.object(evaluate, "COCOeval", scorer):
@@ -632,13 +546,14 @@ def paste_rows(dataset, names, args):
                 evaluate.coco_metrics(truth, final, kind, subset)
 
     functions = {"ours": functools.partial(score, evaluate.COCOeval)}
-    if "Detectron2" in names:
-        from detectron2.evaluation.coco_evaluation import COCOeval_opt  # C++, where it is built
+    with contextlib.suppress(ImportError, AttributeError):
+        from detectron2 import _C  # noqa: F401 (its C++ part, where it is built)
+        from detectron2.evaluation.coco_evaluation import COCOeval_opt
 
         functions["Detectron2"] = functools.partial(score, COCOeval_opt)
-    times = alternate("COCO's metrics", functions, args)
+    [(_, times), *_] = alternate("COCO's metrics", functions, args)
     seconds = {name: 1000 * s / len(ids) for name, s in times.items()}
-    yield "COCO's metrics of boxes and masks: s for 1,000 images", seconds, None
+    yield "COCO's metrics of boxes and masks: s for 1,000 images", seconds
 
 
 # ------------------------------------------------------------------------------------------------
@@ -656,13 +571,11 @@ def describe(names, args):
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     if "Detectron2" in names:
         versions += f", Detectron2 {sys.modules['detectron2'].__version__}"
-    number = "bf16 autocast" if args.amp else "TF32" if args.tf32 else "fp32"
-    extra = ", ours compiled" * args.compile + ", narrow networks" * args.quick
-    extra += ", malloc set alike" * args.same_malloc
+    extra = ", narrow networks" * args.quick + ", glibc's own malloc" * args.default_malloc
     return (
-        f"{datetime.date.today()}, {machine}, {torch.get_num_threads()} threads; {versions}; "
-        f"{number}{extra}; {args.sizes[0]}x{args.sizes[1]}, {args.batch} images a step; medians of "
-        f"{args.repeats} rounds."
+        f"{datetime.date.today()}, {machine}, {torch.get_num_threads()} threads; {versions}"
+        f"{extra}; "
+        f"{args.sizes[0]}x{args.sizes[1]}; medians of {args.repeats} rounds."
     )
 
 
@@ -674,99 +587,84 @@ def format_value(value):
 
 def format_table(rows):
     """Rows as one markdown table; the ratio is ours over the better peer's."""
-    lines = [f"| | {' | '.join(SIDES)} | ours / better peer | floor | ours: % of the floor |"]
-    lines.append("|---" * (len(SIDES) + 4) + "|")
-    for title, values, floor in rows:
+    lines = [f"| | {' | '.join(SIDES)} | ours / better peer |", "|---" * (len(SIDES) + 2) + "|"]
+    for title, values in rows:
         own = values.get("ours", math.nan)
         peers = [v for name, v in values.items() if name != "ours" and not math.isnan(v)]
         best = (max if "images/s" in title else min)(peers, default=math.nan)
-        share = 100 * floor / own if floor else None
-        cells = [*map(values.get, SIDES), own / best, floor, share]
+        cells = [*map(values.get, SIDES), own / best]
         lines.append(f"| {title} | {' | '.join(map(format_value, cells))} |")
     return "\n".join(lines)
 
 
-def parse_arguments():
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    cuda = torch.cuda.is_available()
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="in COCO's layout; train2017 of it is read")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--parts", default=",".join(TASKS), help="some of the above, with commas (all)")
-    add("--repeats", type=int, default=5, help="rounds (5)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    add("--parts", nargs="+", choices=TASKS, default=TASKS, help="some of the above (all)")
+    add("--batch", type=int, nargs="+", help="images of a train step (2; on CUDA 2 8)")
+    add("--precision", nargs="+", choices=("fp32", "tf32", "amp"), help="(fp32; on CUDA all)")
+    add("--compile", action="store_true", help="a row with our parts compiled as well")
+    add("--repeats", type=int, help="rounds (5; quick: 1)")
     add("--size", type=int, help="shorter side; the longer is at most 1333/800 of it (800)")
-    add("--batch", type=int, default=2, help="images of a train step (2)")
-    add("--amp", action="store_true", help="bf16 autocast on all sides")
-    add("--tf32", action="store_true", help="TF32 on all sides (it is off otherwise)")
-    add("--compile", action="store_true", help="our parts compiled, as train.py --compile")
-    add("--same-malloc", action="store_true", help="our setting of malloc for the peers as well")
+    add(
+        "--default-malloc", action="store_true", help="glibc's own settings for all sides, not ours"
+    )
     add("--quick", action="store_true", help="narrow networks, few images, 128 pixels")
     add("--worker", nargs=3, help=argparse.SUPPRESS)  # see memory_row
-    args = parser.parse_args()
-    args.parts = set(args.parts.split(","))
-    if not args.parts <= set(TASKS):
-        parser.error(f"--parts can be {', '.join(TASKS)}")
+    args = parser.parse_args(arguments)
     args.device = torch.device(args.device)
+    on_cuda = args.device.type == "cuda"
+    args.batch = args.batch or ([2, 8] if on_cuda else [2])
+    args.precision = args.precision or (["fp32", "tf32", "amp"] if on_cuda else ["fp32"])
+    args.repeats = args.repeats or (1 if args.quick else 5)
     size = args.size or (128 if args.quick else 800)
     args.sizes = size, round(size * 1333 / 800)
     return args
 
 
-def main():
-    args = parse_arguments()
+def main(arguments):
+    args = parse_arguments(arguments)
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    if args.device.type == "cpu" and not args.default_malloc:
+        evaluate.keep_freed_memory()  # as train.py and evaluate.py do, here for all sides
     if args.worker:
         print(measure_memory(*args.worker, args))
         return
     names = list(SIDES)
     try:
-        import detectron2  # noqa: F401
+        import detectron2.modeling  # noqa: F401
     except ImportError as error:
         names.remove("Detectron2")
         say(f"Without Detectron2: {error}")
 
     dataset = data.open_split(args.data, "train2017", training=True)
-    samples = choose_samples(dataset, max(args.batch, 4), args.sizes)
-    batch = samples[: args.batch]
+    samples = choose_samples(dataset, max(*args.batch, 4), args.sizes)
+    batch = samples[: args.batch[0]]
     seen = [f"{i.shape[1]}x{i.shape[2]} with {len(t['boxes'])}" for i, t, _ in batch]
-    notes, rows = [f"Images and objects of a step: {', '.join(seen)}."], []
-    train_floor = inference_floor = None
-    if args.parts & {"train", "inference", "growth", "floor"}:
+    rows = []
+    if {"train", "inference", "switches"} & set(args.parts):
         sides = {name: SIDES[name](args) for name in names}
-    if "floor" in args.parts:
-        rates, own = convolution_rates(args), sides["ours"]
-        own_batch = prepare_all(own, batch)
-        own.model.train()
-        work = multiply_adds(own, lambda: own.losses(own_batch))
-        train_floor = work["step"] / rates["step"]
-        work_inference = multiply_adds(own, lambda: inference(own, batch, args))
-        work_inference = sum(work_inference[part] for part in PARTS) / len(batch)
-        inference_floor = work_inference / rates["forward"]
     if "train" in args.parts:
-        rows.append(
-            train_row(f"train step of {args.batch} images", sides, batch, args, train_floor)
-        )
+        rows += train_rows(sides, samples, args)
     if "inference" in args.parts:
-        counts = {name: inference(side, batch, args) for name, side in sides.items()}
-        notes.append(f"Detections: {counts}.")
-        rows.append(inference_row(sides, batch, args, inference_floor))
-    if "floor" in args.parts and not args.compile:
-        rows += part_rows(sides, batch, work, rates, args)
+        rows += inference_rows(sides, samples, args)
+    if "switches" in args.parts:
+        rows += switch_rows(sides["ours"], samples, args)
     if "loader" in args.parts:
         rows += loader_rows(dataset, names, args)
     if "paste" in args.parts:
         rows += paste_rows(dataset, names, args)
-    if "memory" in args.parts:
-        what = "peak MiB" if args.device.type == "cuda" else "peak MiB beyond the weights"
-        title = f"train step of {args.batch} images: {what}"
-        rows.append(memory_row(title, names, "train", batch, args))
-        rows.append(memory_row(f"inference: {what}", names, "inference", batch, args))
-    if "growth" in args.parts:
-        rows += growth_rows(sides, samples, args)
-    print(f"{describe(names, args)} {' '.join(notes)}\n\n{format_table(rows)}")
+    if "memory" in args.parts and args.device.type == "cpu":
+        for task, some in (("train", batch), ("inference", batch[:1])):
+            rows.append(memory_row(f"{task}: peak MiB beyond the weights", names, task, some, args))
+    print(f"{describe(names, args)} Images and objects of a step: {', '.join(seen)}.\n")
+    print(format_table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(evaluate.run_command("benchmark.py", main))

@@ -284,7 +284,7 @@ def convert(source, target, **given):
         raise WeightsError(f"{source} cannot be converted: {str(error).rstrip('.')}.") from None
     config = dataclasses.asdict(model.config)
     if kind != "detectron2":  # of a backbone, nothing is said that belongs to a detector
-        config = {name: config[name] for name in fields}
+        config = {name: config[name] for name in ("stride_in_1x1", *fields)}
     settings = {"min_size": 800, "max_size": 1333, "classes": None, "category_ids": None}
     if config.get("num_classes") == 80 or config.get("keypoints"):  # COCO's, or its person
         names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id

@@ -101,8 +101,8 @@ def training(s):
     every = torch.cat(s.anchors)
     _, [labels] = s.model.rpn.match(every, detector.pad_targets([s.target], every.device))
     numbers = s.c.rpn_batch_size_per_image, s.c.rpn_positive_fraction
-    seeds = torch.tensor([data.image_seed(0, 0, 0)])
-    [index], [valid] = detector.sample(labels[None], *numbers, seeds, detector.SALT_ANCHORS)
+    seeds, _ = detector.sampling_seeds([{"seed": data.image_seed(0, 0, 0)}], every.device)
+    [index], [valid] = detector.sample(labels[None], *numbers, seeds)
     drawn, objects = index[valid], (s.target["boxes"], "black")
     positive, negative = drawn[labels[drawn] == 1], drawn[labels[drawn] == 0]
     panels = {
@@ -129,7 +129,7 @@ def proposals(s):
     level that overlap it by more than 0.7, goes on with the best of the rest, and so on."""
     index = torch.cat(s.objectness, dim=1)[0].topk(40).indices
     best, deltas = torch.cat(s.anchors)[index], torch.cat(s.deltas, dim=1)[0, index]
-    decoded = detector.decode_boxes(deltas, best, (1.0, 1.0, 1.0, 1.0))
+    decoded = detector.decode_boxes(deltas, best)
     return [
         draw(s.image, "the 40 best anchors", (best, BLUE)),
         draw(s.image, "the boxes that they become", (decoded, BLUE)),

@@ -1,11 +1,12 @@
-"""Makes golden_*.npz, what test_agreement.py compares with: needs Detectron2, anywhere on the path.
+"""Make tests/golden_*.npz: Detectron2's numbers, with which tests/test_agreement.py compares ours.
 
-    python tests/make_detectron2_golden.py
+  python tools/make_detectron2_golden.py [CASE ...]
 
-Detectron2 is neither fetched nor built here; any version that has ROIAlignV2 (0.1 and later) will
-do. Files hold outputs only: weights, images and targets come from test_agreement.py.
+Needs Detectron2, which is neither fetched nor built here: any version with ROIAlignV2 (0.1 and
+later). The files hold outputs only; weights, images and targets come from test_agreement.py.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -13,83 +14,76 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import test_agreement as shared  # noqa: E402
+import test_agreement as shared
 
-import model as detector  # noqa: E402
-
-try:
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_model
-    from detectron2.modeling.postprocessing import detector_postprocess
-    from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
-    from detectron2.utils.events import EventStorage
-except ImportError as error:
-    sys.exit(f"Detectron2 is needed to make the golden files, and cannot be imported: {error}")
+import evaluate
+import model as detector
+from tools import convert_weights
 
 LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 
 
-def detectron2_config(arguments):
-    """Detectron2's configuration for arguments of our build_model."""
+def detectron2_config(config):
+    """Detectron2's configuration for a Config of ours."""
+    from detectron2.config import get_cfg
+
     cfg = get_cfg()
-    norm = {"gn": "GN", "syncbn": "SyncBN", "frozen_bn": "FrozenBN"}[arguments["norm"]]
+    norm = {"gn": "GN", "syncbn": "SyncBN", "frozen_bn": "FrozenBN"}[config.norm]
     head_norm = "" if norm == "FrozenBN" else norm
-    a = detector.DEFAULTS | arguments
-    statistics = [[255 * v for v in reversed(a[name])] for name in ("image_mean", "image_std")]
-    convs, fcs = (0, 2) if norm == "FrozenBN" else (4, 1)
+    mean, std = ([255 * v for v in reversed(s)] for s in (config.image_mean, config.image_std))
     options = {
         "MODEL.DEVICE": "cpu",
         "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
-        "MODEL.PIXEL_MEAN": statistics[0],  # BGR
-        "MODEL.PIXEL_STD": statistics[1],
+        "MODEL.PIXEL_MEAN": mean,  # BGR
+        "MODEL.PIXEL_STD": std,
         "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
         "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.RESNETS.DEPTH": 50,
         "MODEL.RESNETS.NORM": norm,
-        "MODEL.RESNETS.STRIDE_IN_1X1": a["stride_in_1x1"],
-        "MODEL.RESNETS.STEM_OUT_CHANNELS": a["stem_width"],
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 4 * a["stem_width"],
-        "MODEL.RESNETS.WIDTH_PER_GROUP": a["width_per_group"],
+        "MODEL.RESNETS.STRIDE_IN_1X1": config.stride_in_1x1,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": config.stem_width,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 4 * config.stem_width,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": config.width_per_group,
         "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
         "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-        "MODEL.FPN.OUT_CHANNELS": a["fpn_channels"],
+        "MODEL.FPN.OUT_CHANNELS": config.fpn_channels,
         "MODEL.FPN.NORM": head_norm,
         "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         "MODEL.RPN.IN_FEATURES": LEVELS,
-        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": a["rpn_batch_size_per_image"],
-        "MODEL.RPN.SMOOTH_L1_BETA": a["rpn_smooth_l1_beta"],
-        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": a["rpn_pre_nms_top_n_train"],
-        "MODEL.RPN.PRE_NMS_TOPK_TEST": a["rpn_pre_nms_top_n_test"],
-        "MODEL.RPN.POST_NMS_TOPK_TRAIN": a["rpn_post_nms_top_n_train"],
-        "MODEL.RPN.POST_NMS_TOPK_TEST": a["rpn_post_nms_top_n_test"],
-        "MODEL.ROI_HEADS.NAME": "CascadeROIHeads" if a["cascade"] else "StandardROIHeads",
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": config.rpn_batch_size_per_image,
+        "MODEL.RPN.SMOOTH_L1_BETA": config.rpn_smooth_l1_beta,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": config.rpn_pre_nms_top_n_train,
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": config.rpn_pre_nms_top_n_test,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": config.rpn_post_nms_top_n_train,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": config.rpn_post_nms_top_n_test,
+        "MODEL.ROI_HEADS.NAME": "CascadeROIHeads" if config.cascade else "StandardROIHeads",
         "MODEL.ROI_HEADS.IN_FEATURES": LEVELS[:4],
-        "MODEL.ROI_HEADS.NUM_CLASSES": a["num_classes"],
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": a["box_batch_size_per_image"],
+        "MODEL.ROI_HEADS.NUM_CLASSES": config.num_classes,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": config.box_batch_size_per_image,
         "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
         "MODEL.ROI_BOX_HEAD.NORM": head_norm,
-        "MODEL.ROI_BOX_HEAD.NUM_CONV": convs,
-        "MODEL.ROI_BOX_HEAD.NUM_FC": fcs,
-        "MODEL.ROI_BOX_HEAD.CONV_DIM": a["box_head_channels"],
-        "MODEL.ROI_BOX_HEAD.FC_DIM": a["box_head_fc_channels"],
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": config.box_head_convs,
+        "MODEL.ROI_BOX_HEAD.NUM_FC": config.box_head_fcs,
+        "MODEL.ROI_BOX_HEAD.CONV_DIM": config.box_head_channels,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": config.box_head_fc_channels,
         "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
-        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": a["roi_sampling_ratio"],
-        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": a["box_smooth_l1_beta"],
-        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": a["cascade"],
-        "MODEL.MASK_ON": a["masks"],
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": config.roi_sampling_ratio,
+        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": config.box_smooth_l1_beta,
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": config.cascade,
+        "MODEL.MASK_ON": config.masks,
         "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
         "MODEL.ROI_MASK_HEAD.NORM": head_norm,
         "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
-        "MODEL.ROI_MASK_HEAD.CONV_DIM": a["mask_head_channels"],
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": config.mask_head_channels,
         "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
-        "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": a["roi_sampling_ratio"],
-        "MODEL.KEYPOINT_ON": a["keypoints"] > 0,
-        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": [a["keypoint_head_channels"]] * 8,
-        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": a["keypoints"] or 17,
+        "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": config.roi_sampling_ratio,
+        "MODEL.KEYPOINT_ON": config.keypoints > 0,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": [config.keypoint_head_channels] * 8,
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": config.keypoints or 17,
         "INPUT.MASK_FORMAT": "bitmask",
     }
     for name, value in options.items():
@@ -97,9 +91,11 @@ def detectron2_config(arguments):
     return cfg
 
 
-def detectron2_model(arguments, weights):
+def detectron2_model(config, weights):
     """A model of Detectron2 in evaluation mode, filled with a state dict."""
-    model = build_model(detectron2_config(arguments)).eval()
+    from detectron2.modeling import build_model
+
+    model = build_model(detectron2_config(config)).eval()
     result = model.load_state_dict(weights, strict=False)
     missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
@@ -140,6 +136,8 @@ def detections(model, image):
     if heads.keypoint_on:
         found["heatmaps"] = instances[0].pred_keypoint_heatmaps.clone()
         found["keypoints"] = instances[0].pred_keypoints.clone()
+    from detectron2.modeling.postprocessing import detector_postprocess
+
     size = [round(side * shared.OUTPUT_SCALE) for side in image.shape[-2:]]
     final = detector_postprocess(instances[0], *size)
     found["final_boxes"] = final.pred_boxes.tensor
@@ -150,6 +148,9 @@ def detections(model, image):
 
 def losses(model, images, targets):
     """Losses of a batch and the norm of every parameter's gradient: two dicts of floats."""
+    from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+    from detectron2.utils.events import EventStorage
+
     batch = []
     for image, target in zip(images, targets):
         instances = Instances(tuple(image.shape[-2:]))
@@ -186,14 +187,20 @@ def pack(found):
     return packed
 
 
-def main():
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(shared.CASES)}")
+    parser.add_argument("--out", type=Path, default="tests", help="the folder (tests)")
+    args = parser.parse_args(arguments)
     torch.manual_seed(0)
     images = shared.golden_images()
-    for case in shared.CASES:
-        arguments = shared.golden_arguments(case)
-        plain = detector.to_detectron2(detector.build_model(**arguments))
+    for case in args.cases or shared.CASES:
+        ours = detector.build_model(**shared.golden_arguments(case))
+        plain = convert_weights.to_detectron2(ours)
         weights = shared.golden_weights(case, {n: tuple(t.shape) for n, t in plain.items()})
-        model = detectron2_model(arguments, weights)
+        model = detectron2_model(ours.config, weights)
         content = {}
         for i, image in enumerate(images):
             found = detections(model, image)
@@ -208,8 +215,9 @@ def main():
         content = {
             n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in content.items()
         }
-        np.savez_compressed(HERE / f"golden_{case}.npz", **content)
+        with detector.write_whole(args.out / f"golden_{case}.npz") as file:
+            np.savez_compressed(file, **content)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(evaluate.run_command("make_detectron2_golden.py", main))

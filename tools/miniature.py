@@ -1,8 +1,8 @@
-"""The paper's effects in miniature, on the generated data: every run of README's "In miniature".
+"""The paper's effects in miniature, on the generated data: every run of docs/miniature.md.
 
-  python tests/miniature.py --out runs/miniature            all of it, then the table
-  python tests/miniature.py --out runs/miniature --jobs 2   two runs at a time, a thread each
-  python tests/miniature.py --out runs/miniature --table    the table of what is there
+  python tools/miniature.py --out runs/miniature            all of it, then the table
+  python tools/miniature.py --out runs/miniature --jobs 2   two runs at a time, a thread each
+  python tools/miniature.py --out runs/miniature --table    the table of what is there
 
 Each run is a command of train.py, printed before it starts; a run that is complete is not repeated,
 one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one for all.
@@ -24,6 +24,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
+
+import evaluate
+import train
+from tools.toy_coco import make_toy_coco
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -108,50 +114,46 @@ def table(out):
     return "\n".join(lines)
 
 
-def main():
-    if "--forced" in sys.argv[1:]:
-        sys.argv.remove("--forced")
-        sys.path.insert(0, str(ROOT))
-        import train
+def run_all(out, jobs, only, seeds):
+    """The backbone, the data, the trunks, and then what branches off them."""
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    make_toy_coco(out / "toy_coco")
+    if not list((out / "backbone").glob("checkpoint_*.pth")):
+        command = [sys.executable, ROOT / "tools" / "pretrain_toy.py", "--out", out / "backbone"]
+        subprocess.run([*map(str, command), "--device", "cpu"], check=True, env=environment)
+    names = [name for name in RUNS if only in name]
+    trunks = {trunk for _, _, trunk in RUNS.values()}
+    for group in (
+        [name for name in names if name in trunks],
+        [name for name in names if name not in trunks],
+    ):
+        with ThreadPoolExecutor(jobs) as pool:
+            for seed in seeds:
+                for name in group:
+                    pool.submit(run, name, seed, out, environment)
 
+
+def main(arguments):
+    if "--forced" in sys.argv:
+        sys.argv.remove("--forced")
         with mock.patch.object(train, "check"):  # which would refuse frozen BN
-            sys.exit(train.main(sys.argv[1:]))
+            return train.main(sys.argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "miniature")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--only", default="", help="only runs whose name has this in it")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/miniature"), help="(runs/miniature)")
+    add("--jobs", type=int, default=1, help="runs at a time, of one thread each (1)")
+    add("--only", default="", help="only runs whose name has this in it")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="(0 1 2)")
+    add("--table", action="store_true", help="only print the table")
+    args = parser.parse_args(arguments)
     if not args.table:
-        out = args.out.resolve()
-        out.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
-        if args.jobs > 1:
-            environment["OMP_NUM_THREADS"] = "1"
-        backbone = out / "backbone"
-        if not list(backbone.glob("checkpoint_*.pth")):
-            command = [sys.executable, str(ROOT / "train.py"), "--recipe", "toy-pretrain"]
-            command += ["--out", str(backbone), "--device", "cpu"]
-            subprocess.run(command, check=True, env=environment, cwd=ROOT)
-        sys.path.insert(0, str(ROOT))
-        import data
-
-        data.make_toy_coco(out / "toy_coco")
-        names = [name for name in RUNS if args.only in name]
-        trunks = {trunk for _, _, trunk in RUNS.values()}
-        for group in (
-            [name for name in names if name in trunks],
-            [name for name in names if name not in trunks],
-        ):
-            with ThreadPoolExecutor(args.jobs) as pool:
-                for seed in args.seeds:
-                    for name in group:
-                        pool.submit(run, name, seed, out, environment)
+        args.out.mkdir(parents=True, exist_ok=True)
+        run_all(args.out.resolve(), args.jobs, args.only, args.seeds)
     print(table(args.out))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(evaluate.run_command("miniature.py", main))

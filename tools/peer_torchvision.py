@@ -1,10 +1,10 @@
-"""The toy recipe with torchvision's Mask R-CNN in place of ours: what does a known detector reach?
+"""Train torchvision's Mask R-CNN by the toy recipe in place of ours: what does it reach?
 
-  python tests/peer_torchvision.py --data toy_coco --seed 0 [--iterations N]
+  python tools/peer_torchvision.py --data toy_coco --seed 0 [--iterations N]
 
-The same narrow architecture built of torchvision's own parts, trained on the same batches of the
-same generated images for the same iterations, at the same rates, and evaluated by pycocotools on
-the same split. Takes about as long as `python train.py`; README.md has its AP beside ours.
+The same narrow architecture, built of torchvision's own parts, is trained on the same batches of
+the generated images for the same iterations at the same rates, and evaluated by pycocotools on the
+same split. It takes about as long as `python train.py`. docs/measured.md has its AP beside ours.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import AnchorGenerator
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
 
 import data
+import evaluate
+import model as detector
 import train
 
 
@@ -59,35 +61,38 @@ class NarrowResNet(resnet.ResNet):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
-def build_peer(recipe, num_classes):
-    """torchvision's Mask R-CNN with the widths and numbers of our recipe."""
-    c = recipe.model
-    body = NarrowResNet(c["stem_width"], c["blocks"])
-    channels = [c["stem_width"] * 4 * 2**i for i in range(4)]
+def build_peer(c, min_size, max_size):
+    """torchvision's Mask R-CNN with the widths and numbers of a Config of ours."""
+    body = NarrowResNet(c.stem_width, c.blocks)
+    channels = [c.stem_width * 4 * 2**i for i in range(4)]
     layers = {f"layer{i + 1}": str(i) for i in range(4)}
-    backbone = BackboneWithFPN(body, layers, channels, c["fpn_channels"], norm_layer=group_norm)
-    width = c["fpn_channels"]
+    backbone = BackboneWithFPN(body, layers, channels, c.fpn_channels, norm_layer=group_norm)
+    width = c.fpn_channels
     box_head = FastRCNNConvFCHead(
         (width, 7, 7),
-        [c["box_head_channels"]] * 4,
-        [c["box_head_fc_channels"]],
+        [c.box_head_channels] * 4,
+        [c.box_head_fc_channels],
         norm_layer=group_norm,
     )
-    box_predictor = FastRCNNPredictor(c["box_head_fc_channels"], num_classes + 1)
-    mask_width = c["mask_head_channels"]
+    box_predictor = FastRCNNPredictor(c.box_head_fc_channels, c.num_classes + 1)
+    mask_width = c.mask_head_channels
     model = MaskRCNN(
         backbone,
-        rpn_anchor_generator=AnchorGenerator(c["anchor_sizes"], ((0.5, 1.0, 2.0),) * 5),
+        rpn_anchor_generator=AnchorGenerator(c.anchor_sizes, (c.anchor_ratios,) * 5),
         box_head=box_head,
         box_predictor=box_predictor,
         mask_head=MaskRCNNHeads(width, [mask_width] * 4, 1, norm_layer=group_norm),
-        mask_predictor=MaskRCNNPredictor(mask_width, mask_width, num_classes + 1),
-        min_size=recipe.test_size,
-        max_size=recipe.max_size,
-        image_mean=[122.7717 / 255, 115.9465 / 255, 102.9801 / 255],
-        image_std=[1 / 255] * 3,
-        rpn_batch_size_per_image=256,
-        **{k: v for k, v in c.items() if k.startswith("rpn_") or k == "box_batch_size_per_image"},
+        mask_predictor=MaskRCNNPredictor(mask_width, mask_width, c.num_classes + 1),
+        min_size=min_size,
+        max_size=max_size,
+        image_mean=c.image_mean,
+        image_std=c.image_std,
+        rpn_batch_size_per_image=c.rpn_batch_size_per_image,
+        rpn_pre_nms_top_n_train=c.rpn_pre_nms_top_n_train,
+        rpn_pre_nms_top_n_test=c.rpn_pre_nms_top_n_test,
+        rpn_post_nms_top_n_train=c.rpn_post_nms_top_n_train,
+        rpn_post_nms_top_n_test=c.rpn_post_nms_top_n_test,
+        box_batch_size_per_image=c.box_batch_size_per_image,
     )
     nn.init.normal_(box_predictor.cls_score.weight, std=0.01)  # Detectron's, as ours
     nn.init.normal_(box_predictor.bbox_pred.weight, std=0.001)
@@ -129,36 +134,31 @@ def coco_ap(model, dataset):
     return aps
 
 
-def main():
+def run(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="toy_coco")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int)
-    args = parser.parse_args()
+    parser.add_argument("--data", default="toy_coco", help="(toy_coco)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--iterations", type=int, help="of the recipe, if not 1250")
+    args = parser.parse_args(arguments)
     recipe = train.RECIPES["toy"]
-    if args.iterations:
-        recipe = replace(recipe, iterations=args.iterations)
+    recipe = replace(recipe, iterations=args.iterations or recipe.iterations)
     torch.manual_seed(args.seed)
-    train_set, val_set = train.make_datasets(recipe, args.data)
-    model = build_peer(recipe, len(train_set.classes)).train()
+    train_set = data.open_split(args.data, "train2017", training=True)
+    val_set = data.open_split(args.data, "val2017")
+    config = detector.build_model(num_classes=len(train_set.classes), **recipe.model).config
+    model = build_peer(config, recipe.test_size, recipe.max_size).train()
     optimizer = train.make_optimizer(model, recipe)
-    loader = data.training_loader(
-        train_set,
-        recipe.images_per_gpu,
-        args.seed,
-        min_sizes=recipe.min_sizes,
-        max_size=recipe.max_size,
-    )
+    sizes = {"min_sizes": recipe.min_sizes, "max_size": recipe.max_size}
+    loader = data.training_loader(train_set, recipe.images_per_gpu, args.seed, **sizes)
     start = time.perf_counter()
     bar = tqdm(range(recipe.iterations))
     for iteration in bar:
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(iteration, recipe) * group["rate"]
         images, targets = next(loader)
-        losses = model([image.float() / 255 for image in images], targets)
-        loss = sum(losses.values())
+        loss = sum(model([image.float() / 255 for image in images], targets).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -167,10 +167,9 @@ def main():
     minutes = (time.perf_counter() - start) / 60
     aps = coco_ap(model, val_set)
     print(
-        f"torchvision, seed {args.seed}, {recipe.iterations} iterations: "
-        f"{minutes:.1f} minutes of training, {aps}"
+        f"torchvision, seed {args.seed}, {recipe.iterations} iterations: {minutes:.1f} min, {aps}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(evaluate.run_command("peer_torchvision.py", run))
