@@ -37,9 +37,7 @@ def require(condition, message):
         raise ValueError(message)
 
 
-# ------------------------------------------------------------------------------------------------
-# Every number of the detector
-# ------------------------------------------------------------------------------------------------
+# -- Every number of the detector ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,25 +106,14 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            low, high = RANGES.get(field.name, (0, 1) if field.type is float else (1, 20_000))
-            numbers = "" if field.type in (bool, str) else f", with numbers from {low} to {high}"
-            any_length = field.name in ("anchor_sizes", "anchor_ratios")
-            require(
-                has_form(getattr(self, field.name), field.default, low, high, any_length),
-                f"{field.name} must be of the form {field.default!r}{numbers}.",
-            )
+            check_form(field.name, getattr(self, field.name), field.default)
         require(self.backbone in BACKBONES, f"backbone must be one of {', '.join(BACKBONES)}.")
         require(self.norm in NORMS, f"norm must be one of {', '.join(NORMS)}.")
         levels = 1 if self.backbone == "vgg16" else 5
-        sizes = {len(sizes) for sizes in self.anchor_sizes}
-        require(
-            len(self.anchor_sizes) == levels and len(sizes) == 1,
-            f"anchor_sizes must be {levels} tuples of equal length, one for each feature level.",
-        )
-        require(
-            self.box_class_agnostic or not self.cascade,
-            "cascade needs box_class_agnostic: each stage hands one box of a RoI to the next.",
-        )
+        is_right = len(self.anchor_sizes) == levels and len(set(map(len, self.anchor_sizes))) == 1
+        require(is_right, f"anchor_sizes must be {levels} tuples of equal length, one a level.")
+        is_right = self.box_class_agnostic or not self.cascade
+        require(is_right, "cascade needs box_class_agnostic: stages hand on one box of each RoI.")
 
 
 # What a name of a backbone changes. The paper's "ResNeXt-152 8x32d" has 8 groups of 32 (4.24 times
@@ -153,44 +140,37 @@ BACKBONES = {
     },
 }
 
-# The smallest and the largest value of a number, or of the numbers in a tuple. For what is not
-# here: 0 to 1 (float), 1 to 20,000 (int).
-RANGES = {
-    "keypoints": (0, 1000),
-    "image_mean": (0, 1),
-    "image_std": (0.001, 1),
-    "blocks": (1, 100),
-    "freeze_at": (0, 5),
-    "anchor_sizes": (1, 10_000),
-    "anchor_ratios": (0.01, 100),
-    "cascade_fg_iou_thresh": (0, 1),
-    "roi_sampling_ratio": (0, 16),
-    "bbox_reg_weights": (0.01, 1000),
-}
+# The smallest and the largest value of a field, or of the numbers in its tuple; of the others, 0 to
+# 1 if they are float, 1 to 20,000 if they are int.
+RANGES = {"keypoints": (0, 1000), "freeze_at": (0, 5), "blocks": (1, 100)}
+RANGES |= {"image_std": (0.001, 1), "anchor_sizes": (1, 10_000), "anchor_ratios": (0.01, 100)}
+RANGES |= {"bbox_reg_weights": (0.01, 1000), "roi_sampling_ratio": (0, 16)}
 RANGES |= dict.fromkeys(("box_roi_size", "mask_roi_size", "keypoint_roi_size"), (1, 64))
-RANGES |= dict.fromkeys(("box_head_convs", "box_head_fcs", "mask_head_convs"), (0, 16))
-RANGES |= {"keypoint_head_convs": (0, 16)}
+RANGES |= dict.fromkeys(("box_head_convs", "box_head_fcs"), (0, 16))
+RANGES |= dict.fromkeys(("mask_head_convs", "keypoint_head_convs"), (0, 16))
 
 
-def has_form(value, default, low, high, any_length):
-    """Whether `value` has the default's type and length, and numbers in low..high.
+def check_form(name, value, default):
+    """ValueError, naming the field, unless `value` has the default's types, lengths and range.
 
     Values also come from files: this ends soon for everything that a file can hold.
     """
-    if type(default) in (bool, str):
-        return type(value) is type(default)
-    if type(default) is tuple:
-        if type(value) is not tuple or not 1 <= len(value) <= 20:
-            return False
-        fits = any_length or len(value) == len(default)
-        return fits and all(has_form(v, default[0], low, high, any_length) for v in value)
-    kinds = (int, float) if type(default) is float else (int,)
-    return type(value) in kinds and low <= value <= high
+    example, values = default, [value]
+    while type(example) is tuple:  # one level of tuples after the other
+        length = (1, 20) if "anchor" in name else (len(example), len(example))
+        is_right = all(type(v) is tuple and length[0] <= len(v) <= length[1] for v in values)
+        require(is_right, f"{name} must be of the form {default}.")
+        example, values = example[0], [inner for v in values for inner in v]
+    kind = type(example)
+    low, high = RANGES.get(name, (0, 1) if kind is float else (1, 20_000))
+    kinds = (int, float) if kind is float else (kind,)
+    require(all(type(v) in kinds for v in values), f"{name} must be of the form {default!r}.")
+    if kind in (int, float):
+        is_right = all(low <= v <= high for v in values)
+        require(is_right, f"{name} must be from {low} to {high}.")
 
 
-# ------------------------------------------------------------------------------------------------
-# Boxes: overlap, coding, clipping, suppression
-# ------------------------------------------------------------------------------------------------
+# -- Boxes: overlap, coding, clipping, suppression -------------------------------------------------
 
 # A predicted box is at most 1000/16 times as large as its anchor: exp() of a wild early prediction
 # would overflow. (Detectron: BBOX_XFORM_CLIP)
@@ -246,13 +226,8 @@ def decode_boxes(deltas, boxes):
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def clip_boxes(boxes, limits):
-    """Boxes [..., 4] clipped to [0, w] x [0, h]; `limits` (w, h, w, h), broadcast against them."""
-    return torch.minimum(boxes.clamp(min=0), limits)
-
-
 def image_limits(sizes, device):
-    """(w, h, w, h) of every image as a float tensor [B, 1, 4], for `clip_boxes`."""
+    """(w, h, w, h) of every image as a float tensor [B, 1, 4], to clip boxes to."""
     limits = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32)
     return limits[:, None].to(device, non_blocking=True)
 
@@ -262,8 +237,8 @@ def nms(boxes, scores, groups, threshold, most):
 
     From the best box to the worst, a box is kept unless its IoU with a better one that was kept, of
     its own group, is above `threshold`. boxes [B, N, 4]; scores [B, N], -inf for what is no
-    candidate; groups [B, N] int64. Returns index [B, min(most, N)] into N, best first, and a list:
-    how many of them are valid in each image.
+    candidate; groups [B, N] int64. Returns index [B, min(most, N)] into N, best first, which of
+    them are valid [B, min(most, N)], and how many are, as a list.
     """
     sorted_scores, order = scores.sort(dim=1, descending=True, stable=True)
     boxes, groups, candidate = take(boxes, order), take(groups, order), sorted_scores > -math.inf
@@ -281,8 +256,8 @@ def nms(boxes, scores, groups, threshold, most):
         keep, _ = nms_one_by_one(boxes, groups, candidate, threshold)
         counts = keep.sum(dim=1).tolist()
     keep = torch.zeros_like(candidate).scatter(1, order[:, : keep.shape[1]], keep)
-    index = scores.masked_fill(~keep, -math.inf).topk(min(most, n)).indices
-    return index, [min(count, most) for count in counts]
+    kept_scores, index = scores.masked_fill(~keep, -math.inf).topk(min(most, n))
+    return index, kept_scores > -math.inf, [min(count, most) for count in counts]
 
 
 def nms_one_by_one(boxes, groups, candidate, threshold):
@@ -311,12 +286,10 @@ def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
     before = dropped = torch.zeros_like(candidate)
     for _ in range(rounds):
         before, dropped = dropped, (suppresses > dropped[:, :, None]).any(dim=1)
-    return candidate & ~dropped, (dropped == before).all()
+    return candidate > dropped, (dropped == before).all()
 
 
-# ------------------------------------------------------------------------------------------------
-# Matching and sampling
-# ------------------------------------------------------------------------------------------------
+# -- Matching and sampling -------------------------------------------------------------------------
 
 
 class Truth(NamedTuple):
@@ -409,9 +382,7 @@ def take(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
-# ------------------------------------------------------------------------------------------------
-# Backbones
-# ------------------------------------------------------------------------------------------------
+# -- Backbones -------------------------------------------------------------------------------------
 
 
 class ConvNorm(nn.Module):
@@ -543,9 +514,7 @@ class VGG16(Backbone):
         return [x]  # [B, 512, H / 16, W / 16]
 
 
-# ------------------------------------------------------------------------------------------------
-# FPN
-# ------------------------------------------------------------------------------------------------
+# -- FPN -------------------------------------------------------------------------------------------
 
 
 class FPN(nn.Module):
@@ -571,9 +540,7 @@ class FPN(nn.Module):
         return pyramid + [pyramid[-1][:, :, ::2, ::2]]  # P2..P6: [B, 256, H / 4..64, W / 4..64]
 
 
-# ------------------------------------------------------------------------------------------------
-# RPN
-# ------------------------------------------------------------------------------------------------
+# -- RPN -------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=32)  # 270,000 boxes for an image of 800 x 1333: 4 MB
@@ -654,14 +621,12 @@ class RPN(nn.Module):
         #    those with their centre outside: Choice 10)
         deltas = take(torch.cat(deltas, dim=1), index)  # [B, N, 4]
         boxes = decode_boxes(deltas, torch.cat(anchors)[index])
-        boxes = clip_boxes(boxes, image_limits(sizes, boxes.device))
+        boxes = torch.minimum(boxes.clamp(min=0), image_limits(sizes, boxes.device))
         scores = scores.masked_fill(~has_area(boxes), -math.inf)
         # 3) those that survive NMS, in which levels leave one another alone
-        index, counts = nms(
-            boxes, scores, levels.expand_as(index), c.rpn_nms_thresh, after
-        )  # [B, P]
-        valid = torch.arange(index.shape[1]) < torch.tensor(counts)[:, None]
-        return take(boxes, index), valid.to(boxes.device, non_blocking=True)
+        levels = levels.expand_as(index)
+        index, valid, _ = nms(boxes, scores, levels, c.rpn_nms_thresh, after)  # [B, P]
+        return take(boxes, index), valid
 
     def losses(self, objectness, deltas, anchors, truth, seeds):
         """loss_objectness and loss_rpn_box_reg of 256 anchors an image, scalars."""
@@ -682,11 +647,10 @@ class RPN(nn.Module):
         loss = F.binary_cross_entropy_with_logits(
             logits, positive.float(), weight=valid.float(), reduction="sum"
         )
-        # Smooth L1 of the error d: d^2 / (2 beta) below beta, |d| - beta / 2 above. However far off
-        # a box is, its gradient is at most 1. Targets that no weights blow up have a smaller beta.
-        box_loss = F.smooth_l1_loss(
-            take(deltas, index), box_targets, reduction="none", beta=c.rpn_smooth_l1_beta
-        )  # [B, S, 4]
+        # Smooth L1 of an error d: d^2 / (2 beta) below beta, |d| - beta / 2 above; far off, a box
+        # has a gradient of 1 at most. These targets have no weights, hence a smaller beta.
+        x, beta = take(deltas, index), c.rpn_smooth_l1_beta
+        box_loss = F.smooth_l1_loss(x, box_targets, reduction="none", beta=beta)  # [B, S, 4]
         denominator = batch_size * len(index)  # 256 anchors an image, also where fewer were drawn
         return {
             "loss_objectness": loss / denominator,
@@ -712,9 +676,7 @@ class RPN(nn.Module):
         return matched, labels
 
 
-# ------------------------------------------------------------------------------------------------
-# RoI heads
-# ------------------------------------------------------------------------------------------------
+# -- RoI heads -------------------------------------------------------------------------------------
 
 
 def roi_levels(boxes, strides):
@@ -884,9 +846,7 @@ def decode_keypoints(heatmaps, boxes):
     return points, scores
 
 
-# ------------------------------------------------------------------------------------------------
-# Mask R-CNN
-# ------------------------------------------------------------------------------------------------
+# -- Mask R-CNN ------------------------------------------------------------------------------------
 
 
 class MaskRCNN(nn.Module):
@@ -998,7 +958,7 @@ class MaskRCNN(nn.Module):
         """The boxes [R, K or 1, 4] that a stage's deltas [R, K or 1, 4] make of rois, clipped."""
         limits = image_limits(sizes, rois.device)[rois[:, 0].long()]  # [R, 1, 4]
         decoded = decode_boxes(deltas / self.box_weights(stage), rois[:, None, 1:])
-        return clip_boxes(decoded, limits)
+        return torch.minimum(decoded.clamp(min=0), limits)
 
     def box_weights(self, stage):
         """(10, 10, 5, 5), in stages 2 and 3 of a cascade 2 and 3 times as large.
@@ -1006,7 +966,7 @@ class MaskRCNN(nn.Module):
         A later stage's RoIs are closer to the objects: the spread of its targets is smaller.
         (Growing a cascade out of stage 1 has to make up for it: Choice 13, in train.py.)
         """
-        weights = torch.tensor(self.config.bbox_reg_weights) * (stage + 1)
+        weights = torch.tensor([w * (stage + 1) for w in self.config.bbox_reg_weights])
         return weights.to(self.image_mean.device, non_blocking=True)
 
     def box_predictions(self, features, boxes, valid, sizes):
@@ -1043,7 +1003,7 @@ class MaskRCNN(nn.Module):
         labels = labels.expand_as(scores).flatten()[None]
         scores = scores.masked_fill(scores <= c.box_score_thresh, -math.inf).flatten()[None]
         most = c.box_detections_per_img
-        index, (count,) = nms(boxes, scores, labels, c.box_nms_thresh, most)
+        index, _, (count,) = nms(boxes, scores, labels, c.box_nms_thresh, most)
         found = {"boxes": boxes, "labels": labels, "scores": scores}
         return {name: take(value, index[:, :count])[0] for name, value in found.items()}
 
@@ -1079,7 +1039,8 @@ class MaskRCNN(nn.Module):
         # 2) RoIs: proposals and ground truth, sampled
         boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
         samples, foreground = self.sample_rois(boxes, valid, truth, roi_seeds)
-        # 3) heads
+        # 3) heads; what they pool from is copied once (under amp, or in channels_last)
+        features = [level.float().contiguous() for level in features]
         losses |= self.box_losses(features, samples, truth, sizes)
         if self.mask_head:
             losses |= self.mask_loss(features, foreground, targets)
@@ -1109,21 +1070,18 @@ class MaskRCNN(nn.Module):
         on_level = levels[..., None] == torch.arange(len(strides), device=levels.device)
         masks = torch.stack([chosen, chosen & (labels > 0)])  # [2, B, S]
         counts = (masks[..., None] & on_level).sum(dim=2)  # [2, B, levels]
-        wrong = wrong_values(truth, c.num_classes)  # [B, 2]
-        table = torch.cat([*counts, wrong], dim=1).tolist()  # B rows of 2 * levels + 2
-        for i, row in enumerate(table):
-            in_order = "must be finite, with x1 <= x2 and y1 <= y2."
-            require(not row[-2], f"targets[{i}]['boxes'] {in_order}")
-            require(not row[-1], f"targets[{i}]['labels'] must be in 1..{c.num_classes}.")
+        wrong = wrong_values(truth, c.num_classes)  # [B, 1] each
+        table = torch.cat([*counts, *wrong], dim=1).tolist()  # B rows
+        for i, (*_, wrong_boxes, wrong_labels) in enumerate(table):
+            what = "must be finite, with x1 <= x2 and y1 <= y2."
+            require(not wrong_boxes, f"targets[{i}]['boxes'] {what}")
+            require(not wrong_labels, f"targets[{i}]['labels'] must be in 1..{c.num_classes}.")
 
-        image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-        image = image[:, None, None].expand(*index.shape, 1)
-        parts = torch.cat([image, boxes], dim=2), labels, matched, levels
-        n = len(strides)
-        return (
-            select_samples(parts, masks[0], [row[:n] for row in table]),
-            select_samples(parts, masks[1], [row[n : 2 * n] for row in table]),
-        )
+        image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(*index.shape, 1)
+        rois = torch.cat([image, boxes], dim=2)  # [B, S, 5]
+        parts, n = (rois, labels, matched, levels), len(strides)
+        samples = select_samples(parts, masks[0], [row[:n] for row in table])
+        return samples, select_samples(parts, masks[1], [row[n : 2 * n] for row in table])
 
     def box_losses(self, features, samples, truth, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
@@ -1135,8 +1093,8 @@ class MaskRCNN(nn.Module):
         c, stages = self.config, len(self.box_heads)
         losses = {}
         for stage, head in enumerate(self.box_heads):
-            rois, labels, matched, *placing = samples[:5]
-            pooled = self.pool(features, rois, c.box_roi_size, *placing)
+            rois, labels, matched, levels, level_counts, _ = samples
+            pooled = self.pool(features, rois, c.box_roi_size, levels, level_counts)
             if stages > 1 and pooled.requires_grad:  # the stages share the features (Detectron2)
                 pooled.register_hook(lambda grad: grad * (1 / stages))
             logits, deltas = head(pooled)  # [R, K + 1], [R, K or 1, 4]
@@ -1147,12 +1105,9 @@ class MaskRCNN(nn.Module):
                 box_truth = torch.where(foreground[:, None], box_truth, rois[:, 1:])
                 box_targets = encode_boxes(box_truth, rois[:, 1:]) * self.box_weights(stage)
             column = (labels - 1).clamp(min=0) if deltas.shape[1] > 1 else torch.zeros_like(labels)
-            box_loss = F.smooth_l1_loss(
-                take(deltas, column[:, None])[:, 0],  # those of the true class
-                box_targets,
-                reduction="none",
-                beta=c.box_smooth_l1_beta,
-            )  # [R, 4]
+            deltas_of_class = take(deltas, column[:, None])[:, 0]  # [R, 4]
+            beta = c.box_smooth_l1_beta
+            box_loss = F.smooth_l1_loss(deltas_of_class, box_targets, reduction="none", beta=beta)
             class_loss = F.cross_entropy(logits, labels, reduction="sum")
             # Both are divided by *all* sampled RoIs, so that each counts the same (Fast R-CNN). If
             # there are none, the sums are 0 but still depend on the head's parameters.
@@ -1177,10 +1132,11 @@ class MaskRCNN(nn.Module):
 
     def mask_loss(self, features, foreground, targets):
         """Binary cross-entropy of the true class's mask, at each of 28 x 28 pixels."""
-        rois, labels, matched, *placing, image_counts = foreground
+        rois, labels, matched, levels, level_counts, image_counts = foreground
         size = self.config.mask_roi_size
         truth = mask_targets(targets, rois, matched, image_counts, 2 * size)  # [R, 28, 28]
-        logits = self.mask_head(self.pool(features, rois, size, *placing), labels)
+        pooled = self.pool(features, rois, size, levels, level_counts)  # [R, 256, 14, 14]
+        logits = self.mask_head(pooled, labels)  # [R, 28, 28]
         # With no foreground at all the sum is zero but still depends on every parameter of the
         # head, so that the process takes part in all-reduces of SyncBN and of the gradients.
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
@@ -1215,7 +1171,7 @@ class Samples(NamedTuple):
 
 
 def select_samples(parts, mask, table):
-    """Those of parts [B, S, ...] in the mask [B, S]; image i has table[i][l] of them on level l."""
+    """Samples in the mask [B, S], of which image i has table[i][l] on level l."""
     image_counts = [sum(row) for row in table]
     level_counts = [sum(column) for column in zip(*table)]
     # mask.nonzero() would wait for the device again: the True are sorted to the front instead.
@@ -1257,11 +1213,11 @@ def check_targets(images, targets, config):
 
 
 def wrong_values(truth, num_classes):
-    """What only values tell, for each image: are boxes, are labels wrong; [B, 2] bool."""
+    """What only values tell, for each image: are boxes, are labels wrong; [B, 1] bool each."""
     size = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, G, 2]; inf - inf is not a number
     boxes = (size != size.clamp(0, 1e6)).flatten(1).any(dim=1)
     labels = (truth.labels != truth.labels.clamp(1, num_classes)).any(dim=1)
-    return torch.stack([boxes, labels], dim=1)
+    return boxes[:, None], labels[:, None]
 
 
 def build_model(backbone="resnet50", norm="gn", num_classes=80, **settings):
@@ -1281,9 +1237,7 @@ def build_model(backbone="resnet50", norm="gn", num_classes=80, **settings):
     return MaskRCNN(Config(**implied | BACKBONES.get(backbone, {}) | settings))
 
 
-# ------------------------------------------------------------------------------------------------
-# Initialization
-# ------------------------------------------------------------------------------------------------
+# -- Initialization --------------------------------------------------------------------------------
 
 
 def initialize(model):
@@ -1311,9 +1265,7 @@ def initialize(model):
         nn.init.normal_(head.regressor.weight, std=0.001)
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------
+# -- Checkpoints -----------------------------------------------------------------------------------
 
 
 class WeightsError(ValueError):

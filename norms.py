@@ -6,17 +6,17 @@ Every layer here maps x to
 
 and they differ in what mean and var are taken over. For x of shape [N, C, H, W]:
 
-    layer             mean and var are those of            averaged over       statistics in total
-    GroupNorm         an image and a group of channels     C / 32, H, W        N * 32
-    BatchNorm         a channel                            N, H, W             C
-    SyncBatchNorm     a channel, over all processes        all N's, H, W       C
-    FrozenBatchNorm   nothing: they are constants          -                   C
+    layer             each mean is that of                    over the axes          how many means
+    GroupNorm         one of 32 groups of channels, an image  C / 32, H, W           N * 32
+    BatchNorm         a channel                               N, H, W                C
+    SyncBatchNorm     a channel, in all processes             N of all, H, W         C
+    FrozenBatchNorm   (constants of the pre-trained model)                           C
 
-Why a detector trained from scratch needs the first or the third: an image of 800 x 1333 leaves
-room for one or two images on a GPU, and BN's statistics of so few images are noisy and differ from
-the averages that it uses at test time. Detectors used to freeze BN at the statistics of ImageNet,
-which needs a pre-trained model. GroupNorm does not look at the batch at all; SyncBatchNorm makes
-the batch that of all GPUs (8 x 2 images).
+Why a detector that is trained from scratch needs GroupNorm or SyncBatchNorm: images of 800 x 1333
+fill a GPU with one or two of them. BN's statistics of so few images are noisy, and differ from the
+averages over the training that it uses at test time. Detectors used to freeze BN at the statistics
+of ImageNet, which takes a pre-trained model. GroupNorm does not look at the batch at all;
+SyncBatchNorm makes it the batch of all GPUs (8 x 2 images).
 
 This file imports torch only; each class can be copied out (SyncBatchNorm with AllReduceSum).
 """
@@ -35,16 +35,12 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels, groups=32, eps=1e-5):
         if channels % groups != 0:
-            raise ValueError(
-                f"GroupNorm cannot divide {channels} channels into {groups} groups; "
-                f"choose widths that are multiples of {groups}."
-            )
+            raise ValueError(f"GroupNorm cannot divide {channels} channels into {groups} groups.")
         super().__init__(groups, channels, eps)
 
     def forward(self, x):
-        # Two ways to the same numbers. torch's kernel is 4 to 9 times as fast on the CPU. It takes
-        # float32 and contiguous memory only: bfloat16 and channels_last would be copied for it, and
-        # torch.compile cannot fuse it with the ReLU and the addition that follow.
+        # Two ways to the same numbers. On the CPU torch's kernel is 4 to 9 times as fast; on CUDA,
+        # it copies bfloat16 and channels_last, and torch.compile cannot fuse it with a ReLU.
         copied = x.dtype != torch.float32 or not x.is_contiguous()
         if torch.compiler.is_compiling() or (x.is_cuda and copied and x.numel() > 0):
             return self.written_out(x)
@@ -58,8 +54,8 @@ class GroupNorm(nn.GroupNorm):
         # 1) mean and variance of each channel of each image
         var, mean = torch.var_mean(x32, dim=(2, 3), correction=0)  # [N, C]
         var, mean = var.view(groups), mean.view(groups)  # [N, groups, C / groups]
-        # 2) those of a group: the mean of the means; the mean of the variances plus the variance of
-        #    the means. (E[x^2] - E[x]^2 would lose all digits where the mean is large.)
+        # 2) those of a group: the mean of the means, and the mean of the variances + the variance
+        #    of the means (E[x^2] - E[x]^2 would lose all digits where the mean is large)
         group_mean = mean.mean(dim=2, keepdim=True)  # [N, groups, 1]
         group_var = (var + (mean - group_mean).square()).mean(dim=2, keepdim=True)
         # 3) gamma * (x - mean) / sqrt(var + eps) + beta, as one multiplication and one addition
@@ -83,8 +79,8 @@ class BatchNorm(nn.BatchNorm2d):
 class FrozenBatchNorm(nn.Module):
     """BN with constant statistics and nothing to learn: y = x * scale + shift for each channel.
 
-    The layer of detectors before this paper ("channel-wise affine" in Detectron); it only makes
-    sense with pre-trained weights. Its four buffers have the names of nn.BatchNorm2d.
+    The layer of detectors before this paper ("channel-wise affine" in Detectron), for pre-trained
+    weights. Its four buffers have the names of nn.BatchNorm2d.
     """
 
     def __init__(self, channels, eps=1e-5):
@@ -100,17 +96,13 @@ class FrozenBatchNorm(nn.Module):
         shift = self.bias - self.running_mean * scale
         return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
 
-    def extra_repr(self):
-        return f"{len(self.weight)}, eps={self.eps}"
-
 
 class AllReduceSum(torch.autograd.Function):
     """Sum of a tensor over all processes, differentiable.
 
-    Why the backward pass is an all-reduce too: every process r computes its own loss L_r from the
-    same sum s = x_1 + ... + x_R, and what is minimized is L_1 + ... + L_R. The gradient with
-    respect to *any* x_i is therefore d(L_1 + ... + L_R)/ds, the sum of what the processes hold.
-    (DDP then divides every gradient by R, which makes the sum of the losses their mean.)
+    Its backward pass is an all-reduce too: every process r computes its own loss L_r from the same
+    sum s = x_1 + ... + x_R, and what is minimized is L_1 + ... + L_R. So the gradient for *any* x_i
+    is d(L_1 + ... + L_R)/ds, the sum of what the processes hold. (DDP then divides by R.)
     """
 
     @staticmethod
@@ -130,13 +122,10 @@ class AllReduceSum(torch.autograd.Function):
 class SyncBatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d whose training statistics are those of the batches of all processes together.
 
-    Parameters, buffers and evaluation are nn.BatchNorm2d's; with one process it is nn.BatchNorm2d.
     Processes may have different numbers of images, of different sizes, even none: every element
-    counts the same. A process without any still joins both all-reduces, of the forward and of the
-    backward pass; otherwise the others would wait for it for ever.
-
-    It is not nn.SyncBatchNorm because that one runs on CUDA only (DDP refuses it on the CPU), waits
-    for the device in every layer, and lets the running statistics decay if there is no element.
+    counts the same. A process without any still joins the all-reduces of the forward and of the
+    backward pass; otherwise the others would wait for it for ever. (nn.SyncBatchNorm runs on CUDA
+    only, waits for the device in each layer, and lets running statistics decay without elements.)
     """
 
     def __init__(self, channels, eps=1e-5, momentum=0.1, process_group=None):
@@ -149,9 +138,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not self.training or (world_size == 1 and x.numel() > 0):
             return super().forward(x)
 
-        # 1) Sum and sum of squares of each channel here. The squares are summed around the local
-        #    mean and moved to zero in float64: E[x^2] - E[x]^2 in float32 would lose all digits of
-        #    the variance where the mean is large.
+        # 1) sum and sum of squares of each channel here; the squares are summed around the local
+        #    mean and moved to zero in float64 (in float32, a large mean would cost all digits)
         n = x.numel() // x.shape[1]
         x32 = x.float()
         local_mean = x32.sum(dim=(0, 2, 3)) / max(n, 1)  # [C]
@@ -160,7 +148,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         sums = torch.cat([local_mean * n, squares + local_mean.square() * n])
         sums = torch.cat([sums, sums.new_tensor([float(n)])])  # [2 C + 1]
 
-        # 2) The same over all processes
+        # 2) the same over all processes
         if world_size > 1:
             sums = AllReduceSum.apply(sums, self.process_group)
         count = sums[-1].detach().clamp(min=1)
@@ -175,13 +163,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     @torch.no_grad()
     def update_running_statistics(self, mean, var, count, seen):
-        """running = (1 - momentum) * running + momentum * batch, unless no process has an element.
-
-        `torch.where` instead of `if`: no process has to wait for the number to arrive from the GPU.
-        """
+        """running = (1 - momentum) * running + momentum * batch, unless no process has elements."""
         unbiased = var * (count / (count - 1).clamp(min=1))
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             batch = batch.to(running.dtype)
+            # (`if seen` would wait for the device)
             running.copy_(torch.where(seen, running.lerp(batch, self.momentum), running))
         self.num_batches_tracked += 1
 

@@ -24,12 +24,12 @@ NARROW = dict(
 # Launches and waits
 # ------------------------------------------------------------------------------------------------
 
-# Operators that launch nothing: views, allocations, and the optimizer's marks for the profiler.
+# Operators that launch nothing: views and allocations.
 FREE = set("""
     view _unsafe_view expand permute transpose t slice select unsqueeze squeeze split unbind alias
     split_with_sizes detach as_strided diagonal empty new_empty empty_like empty_strided lift_fresh
     new_empty_strided _reshape_alias set_ unfold detach_ squeeze_ unsqueeze_ t_ transpose_
-    is_same_size _record_function_enter_new _record_function_exit
+    is_same_size
 """.split())  # fmt: skip
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "nms", "_unique2"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -179,7 +179,8 @@ def test_nms_keeps_what_torchvision_keeps_of_each_image_and_group(kind, way, mon
         scores = scores.masked_fill(torch.rand(2, n, generator=g) < 0.1, -math.inf)
         if way == "in rounds":
             ways[:] = [one_by_one, detector.nms_in_rounds]
-        index, counts = detector.nms(boxes, scores, groups.long(), threshold, most)
+        index, valid, counts = detector.nms(boxes, scores, groups.long(), threshold, most)
+        assert valid.sum(dim=1).tolist() == counts
         expected = nms_of_torchvision(boxes, scores, groups.long(), threshold, most)
         for i, keep in enumerate(expected):
             found = index[i, : counts[i]]
