@@ -19,6 +19,8 @@ import dataclasses
 import functools
 import math
 import os
+import pickletools
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1308,6 +1310,44 @@ def save_model(model, path, **more):
         torch.save(content | {"weights": model.state_dict()} | more, file)
 
 
+def check_archive(file):
+    """ValueError for a file in torch's format (a zip) whose pickle would take boundless work."""
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} in it is compressed")
+            if entry.filename.endswith(".pkl"):
+                check_pickle(archive.open(entry))
+
+
+def check_pickle(file):
+    """Refuse a pickle whose objects cost far more to visit than to write; moves `file` on.
+
+    With t1 = (t0, t0), t2 = (t1, t1), ... four bytes double the work of whoever hashes or prints
+    the last tuple, and very deep ones overflow C's stack. So the program is run here first with
+    the number of an object's elements in its place, a tuple's largest element counted twice.
+    """
+    mark, memo, stack = 0, {}, []
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
+            size = len(memo) if argument is None else argument  # C has an array as long
+            memo[size] = stack[-1]
+        elif opcode.name.endswith("GET"):
+            size = memo[argument]
+            stack.append(size)
+        else:
+            taken = []
+            for kind in reversed(opcode.stack_before):
+                while kind is pickletools.stackslice and stack[-1] != mark:
+                    taken.append(stack.pop())
+                if kind is not pickletools.stackslice:
+                    taken.append(stack.pop())
+            size = 1 + sum(taken) + max(taken, default=0) * opcode.name.startswith("TUPLE")
+            stack += [mark if k is pickletools.markobject else size for k in opcode.stack_after]
+        if size > 10_000_000:
+            raise ValueError("its objects hold one another without measure")
+
+
 def read_checkpoint(path):
     """The dict in a file of `save_model`, on the CPU. Nothing in the file is executed.
 
@@ -1316,7 +1356,10 @@ def read_checkpoint(path):
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True) if is_zip else {}
+        content = {}
+        if is_zip:
+            check_archive(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
         raise WeightsError(f"There is no file {path}.") from None
     except Exception:  # whatever a truncated, foreign or malicious file brings about
@@ -1331,8 +1374,11 @@ def read_checkpoint(path):
         if any(str(name).startswith(("backbone.res2.", "backbone.conv1.")) for name in content):
             hint = "it is a bare state dict; write config and classes too, with model.save_model"
         raise WeightsError(f"{path} is no checkpoint of this project: {hint}.")
-    if not all(type(n) is str and torch.is_tensor(t) for n, t in parts[2].items()):
-        raise WeightsError(f"{path} is no checkpoint of this project: it has other weights.")
+    for name, tensor in parts[2].items():
+        right = type(name) is str and torch.is_tensor(tensor) and tensor.layout == torch.strided
+        # (With a stride of 0 a tensor can claim any shape.)
+        if not right or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise WeightsError(f"{path} is no checkpoint of this project: it has other weights.")
     return content
 
 
@@ -1366,13 +1412,20 @@ def load_weights(model, path, verbose=True):
     other classes; what does not fit stays as it is, and is named. The image statistics that belong
     to the weights are set too. Raises WeightsError, and leaves the model unchanged then.
     """
-    weights, own = read_checkpoint(path)["weights"], model.state_dict()
+    content, own, config = read_checkpoint(path), model.state_dict(), model.config
+    theirs, weights = content["config"], content["weights"]
+    for name in ("stride_in_1x1", "norm"):
+        differs = theirs.get(name, getattr(config, name)) != getattr(config, name)
+        # Of norms, the tensors' names tell, but for MSRA's BN, folded into its scale and shift.
+        folded = theirs.get("norm") == "frozen_bn" and config.freeze_at < 5
+        if differs and (name == "stride_in_1x1" or folded):
+            raise WeightsError(f"{path} is of a backbone with another {name} than this model's.")
     fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
     left = [name for name in own if name not in fitting]
     unused = [name for name in weights if name not in own]
     for name in left + unused:
-        if name.startswith("backbone."):
-            here = f"{model.config.backbone} with norm {model.config.norm}"
+        if name.startswith("backbone.") and not name.endswith("num_batches_tracked"):
+            here = f"{config.backbone} with norm {config.norm}"
             raise WeightsError(f"{path} is of another backbone than {here}: see {name}.")
     model.load_state_dict(fitting, strict=False)
     said = [f"{len(fitting)} tensors loaded"]

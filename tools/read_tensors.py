@@ -9,7 +9,6 @@ others, and it is refused where its result would take far more work than the fil
 
 import os
 import pickle
-import pickletools
 import re
 import sys
 import zipfile
@@ -21,37 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
 
-from model import WeightsError
-
-MOST = 10_000_000
-
-
-def check_pickle(file):
-    """Refuse a pickle whose objects cost far more to visit than to write; moves `file` on.
-
-    With t1 = (t0, t0), t2 = (t1, t1), ... four bytes double the work of whoever hashes or prints
-    the last tuple, and very deep ones overflow C's stack. So the program is run here first with
-    the number of an object's elements in its place, a tuple's largest element counted twice.
-    """
-    mark, memo, stack = 0, {}, []
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
-            size = len(memo) if argument is None else argument  # C has an array as long
-            memo[size] = stack[-1]
-        elif opcode.name.endswith("GET"):
-            size = memo[argument]
-            stack.append(size)
-        else:
-            taken = []
-            for kind in reversed(opcode.stack_before):
-                while kind is pickletools.stackslice and stack[-1] != mark:
-                    taken.append(stack.pop())
-                if kind is not pickletools.stackslice:
-                    taken.append(stack.pop())
-            size = 1 + sum(taken) + max(taken, default=0) * opcode.name.startswith("TUPLE")
-            stack += [mark if k is pickletools.markobject else size for k in opcode.stack_after]
-        if size > MOST:
-            raise ValueError("its objects hold one another without measure")
+from model import WeightsError, check_archive, check_pickle
 
 
 def make_array(data, kind, shape, order="C"):
@@ -102,12 +71,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 def unpickle(file):
     """What an open .pkl or .pth file holds, in bounded work."""
     if zipfile.is_zipfile(file):  # torch's format: a pickle, and the numbers beside it
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"{entry.filename} in it is compressed")
-                if entry.filename.endswith(".pkl"):
-                    check_pickle(archive.open(entry))
+        check_archive(file)
     else:
         file.seek(0)
         check_pickle(file)
