@@ -18,7 +18,7 @@ averages over the training that it uses at test time. Detectors used to freeze B
 of ImageNet, which takes a pre-trained model. GroupNorm does not look at the batch at all;
 SyncBatchNorm makes it the batch of all GPUs (8 x 2 images).
 
-This file imports torch only; each class can be copied out (SyncBatchNorm with AllReduceSum).
+This file imports torch only. Each class can be copied out, SyncBatchNorm with AllReduceSum.
 """
 
 import torch
@@ -163,11 +163,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     @torch.no_grad()
     def update_running_statistics(self, mean, var, count, seen):
-        """running = (1 - momentum) * running + momentum * batch, unless no process has elements."""
+        """running += momentum * (batch - running) where `seen` (an `if` would wait for the GPU)."""
         unbiased = var * (count / (count - 1).clamp(min=1))
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             batch = batch.to(running.dtype)
-            # (`if seen` would wait for the device)
             running.copy_(torch.where(seen, running.lerp(batch, self.momentum), running))
         self.num_batches_tracked += 1
 
