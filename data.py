@@ -94,9 +94,7 @@ class CocoDataset(Dataset):
             record = {"file_name": image["file_name"], "size": size, "objects": chosen}
             records[image["id"]] = record
         if self.masks and self.num_without_mask == len(content["annotations"]) > 0:
-            raise UserError(
-                f"{self.annotation_file} has no masks; choose a recipe with masks=False."
-            )
+            raise UserError(f"{self.annotation_file} has no masks; use --no-masks (masks=False).")
         if not records:
             raise UserError(f"{self.annotation_file} has no image with objects; choose another.")
         self.num_dropped = len(objects) - len(records)
@@ -256,7 +254,7 @@ def open_split(root, split, training=False, masks=True, keypoints=False, **choic
     for devkit in (root, os.path.join(root, "VOCdevkit")):
         if os.path.isdir(os.path.join(devkit, "VOC2012")):
             if masks or keypoints:
-                raise UserError(f"{root} has VOC's boxes only; choose a recipe with masks=False.")
+                raise UserError(f"{root} has VOC's boxes only; use --no-masks (masks=False).")
             lists = VOC_SPLITS.get(split, [("VOC2012", split)])
             return VocDataset(devkit, lists, training, **choice)
     kind = "person_keypoints" if keypoints else "instances"
@@ -412,7 +410,7 @@ def image_seed(seed, iteration, position):
 
 
 class BatchSampler(Sampler):
-    """Yields without end this process's share of each batch: [(index, image seed), ...].
+    """Yields this process's share of each batch, endlessly: [(index, image seed), ...].
 
     Images form groups of images_per_gpu of one orientation (w >= h or not: less padding), as in
     Detectron, new ones every epoch. An epoch shows every image once; an orientation's last group is
@@ -455,7 +453,7 @@ class TrainingSet(Dataset):
     """A dataset as it is trained on, a batch at a time, transformed by each image's seed.
 
     training_set[[(index, seed), ...]] -> (images, targets): a list of uint8 tensors [3, h, w] and a
-    list of dicts as of `CocoDataset`, with the seed as target["seed"].
+    list of dicts as in `CocoDataset`, with the seed as target["seed"].
 
     min_sizes: the shorter side is one of these (Sec. 5.1, scale augmentation: uniform over the
     multiples of 32 from 640 to 800, as in Detectron). flip: mirror an image with probability 1/2.
@@ -492,7 +490,7 @@ def training_loader(
     max_size=1333,
     flip=True,
 ):
-    """An endless iterator over this process's batches: (images, targets) as of `TrainingSet`."""
+    """An endless iterator over this process's batches: (images, targets) as in `TrainingSet`."""
     sampler = BatchSampler(dataset, images_per_gpu, seed, rank, world_size, start_iteration)
     return read_ahead(TrainingSet(dataset, min_sizes, max_size, flip), workers, sampler)
 
@@ -501,8 +499,8 @@ def read_ahead(dataset, workers, sampler=None):
     """An iterator over dataset[key] for each key of the sampler (without one: 0, 1, 2, ...).
 
     `workers` processes compute the next items ahead; the memory is pinned where there is CUDA.
-    Raises UserError, in this process, for what a worker could not read, and where the system gives
-    the workers too little.
+    Raises UserError in this process if a worker cannot read an item, or lacks shared memory or file
+    descriptors.
     """
     init = worker_init if workers else None
     pin = torch.cuda.is_available()
@@ -529,8 +527,8 @@ TOO_LITTLE = (
 def worker_init(_):
     """Prepare a worker process: for `worker_init_fn` of a DataLoader.
 
-    Signals that reach the whole group of processes are the main process's to answer: it ends the
-    workers in order. A worker whose main process is gone ends, even if it waits for a full pipe.
+    Signals to the whole process group are left to the main process, which shuts down the workers. A
+    worker whose main process is gone ends, even if it is waiting for a full pipe.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -562,13 +560,13 @@ def _send_error(queue, error, item):
 
 
 class UserError(ValueError):
-    """What the user can mend: one sentence that says what is wrong, where, and what to do.
+    """An error the user can fix: one sentence that says what is wrong, where, and what to do.
 
     code: the exit code of a command that ends with it, 1 for bad files or data, 2 for bad use.
     """
 
     def __init__(self, message, code=1):
-        # A DataLoader raises a worker's error again, the worker's traceback before its sentence.
+        # A DataLoader re-raises a worker's error with its traceback before the message.
         super().__init__(message.rpartition("UserError: ")[2].rstrip())
         self.code = code
 
@@ -587,7 +585,7 @@ def image_path(image_dir, file_name, image_id=None):
     root = os.path.realpath(image_dir)
     path = os.path.realpath(os.path.join(root, file_name))
     if os.path.commonpath([root, path]) != root:
-        raise UserError(f"Image {image_id}: {file_name!r} leads out of {image_dir}; move it there.")
+        raise UserError(f"Image {image_id}: {file_name!r} lies outside {image_dir}; move it there.")
     return path
 
 
@@ -635,7 +633,7 @@ CONVERT = "convert a data set of another layout with tools/to_coco.py"
 
 
 def read_coco(file, masks=False, keypoints=False):
-    """The content of a COCO annotation file, as of `complete_coco`."""
+    """The content of a COCO annotation file, as in `complete_coco`."""
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
@@ -646,7 +644,7 @@ def read_coco(file, masks=False, keypoints=False):
 
 
 def read_voc(root, splits):
-    """Lists and annotations of VOC's devkit as the content of a COCO file, as of `complete_coco`.
+    """Lists and annotations of VOC's devkit as the content of a COCO file, as in `complete_coco`.
 
     Annotations have one field more than COCO's: "difficult".
     """
@@ -784,7 +782,7 @@ def _entry_problem(kind, entry, known, masks, keypoints):
         return None
     for other in ("image", "category"):
         if entry[f"{other}_id"] not in known[other]:
-            return f"belongs to no {other} of the file, its {other}_id being {entry[f'{other}_id']}"
+            return f"has {other}_id {entry[f'{other}_id']}, which is not in the file"
     points = entry.get("keypoints")
     if keypoints and not (_are_numbers(points, 51) and set(points[2::3]) <= {0, 1, 2}):
         return 'must have 17 times x, y, v as "keypoints", v being 0, 1 or 2'

@@ -86,9 +86,9 @@ def evaluation_mode(model):
 
 
 def detect(model, image, size, min_size=None, max_size=None, tta=False):
-    """Detections in an image of `size` (H, W), as of `to_image`; the model is in evaluation mode.
+    """Detections in an image of `size` (H, W), as in `to_image`; the model is in evaluation mode.
 
-    image: [3, H, W], or (without tta) already resized for the network; the rest as of `predict`.
+    image: [3, H, W], or (without tta) already resized for the network; the rest as in `predict`.
     """
     min_size = min_size or model.data_settings["min_size"]
     max_size = max_size or model.data_settings["max_size"]
@@ -489,9 +489,9 @@ def voc_average_precision(results, objects):
     """PASCAL VOC's average precision of one class in [0, 1]; -1 if no object counts.
 
     results and objects (annotations with `difficult`) of the class, in COCO's format. The rule (VOC
-    development kit, 2010): by falling score, each detection looks at the object of its image that
-    it overlaps most. IoU below 0.5: wrong. A difficult object: counts for nothing. One found
-    before: wrong. Otherwise: right. AP is the whole area, where COCO reads it at 101 recalls.
+    development kit, 2010): by falling score, each detection is matched to the object of its image
+    that it overlaps most. IoU below 0.5: wrong. Difficult object: ignored. Object matched before:
+    wrong. Otherwise: right. AP is the whole area, where COCO reads it at 101 recalls.
     """
     total = sum(not o["difficult"] for o in objects)
     if total == 0:
@@ -548,7 +548,7 @@ SKELETON = [  # pairs of data.KEYPOINT_NAMES that a line joins
     (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12),
     (11, 12), (11, 13), (13, 15), (12, 14), (14, 16),
 ]  # fmt: skip
-PICTURE_SIDES = 480, 1600  # longer side, at least and at most: names that fit, no gigabytes
+PICTURE_SIDES = 480, 1600  # limits of the longer side: names must fit, memory is bounded
 
 
 def draw(image, detections, classes=None, score=0.5):
@@ -682,12 +682,12 @@ def make_parser():
     one_of("--export", metavar="FILE", help="copy the weights alone into a new file")
     add = parser.add_argument
     add("--weights", metavar="FILE", required=True, help="a checkpoint of train.py")
-    add("--out", metavar="DIR", help="folder for --data's results, or --images' pictures (.)")
+    add("--out", metavar="DIR", help="folder for results (--data) or pictures (--images: .)")
     add("--split", default="val2017", help="which part of --data (val2017)")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, about 40x the time")
     add("--amp", action="store_true", help="bfloat16: faster on a GPU, slightly other numbers")
     add("--per-class", action="store_true", help="AP of each class of --data, too")
-    add("--score", type=float, default=0.5, help="show detections in --images from here on (0.5)")
+    add("--score", type=float, default=0.5, help="lowest score shown with --images (0.5)")
     add("--workers", type=int, default=2, help="processes for --data that decode images (2)")
     add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
     return parser
@@ -740,8 +740,8 @@ def start_processes(device_name=None):
     """(rank, world_size, device) of this process; joins those that torchrun started with it.
 
     device_name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one. Raises UserError for a
-    device that is not there, and for variables that something else left in the environment: with
-    them, this process would wait for others, or take itself for one that writes nothing.
+    device that is not there, and for stale environment variables: with them, this process would
+    wait for others, or take itself for one that writes nothing.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     said = {name: os.environ[name] for name in names if name in os.environ}
@@ -799,7 +799,7 @@ def lock_folder(out):
 def run_command(name, function, arguments=None):
     """Run function(arguments) as the command `name`; returns its exit code (None: 0).
 
-    What the user can mend becomes one line on stderr; any other exception is our mistake.
+    Errors that the user can fix become one line on stderr; any other exception is a bug.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # for the imports, see the top
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -826,7 +826,7 @@ def run_command(name, function, arguments=None):
 
 
 def keep_freed_memory():
-    """Have glibc, where there is one, keep what was freed for the next step.
+    """Make glibc, where there is one, keep freed memory for the next step.
 
     A step on the CPU takes and frees the same gigabytes as the one before; getting them from the
     kernel, which clears every page, was a third of its time.

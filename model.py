@@ -46,7 +46,7 @@ def require(condition, message):
 class Config:
     """Every number of the detector. Defaults: the paper's R50-FPN with GN, as Detectron has it.
 
-    Raises ValueError, naming the field, for a value that cannot be meant (see RANGES).
+    Raises ValueError, naming the field, for a value out of range (see RANGES).
     """
 
     backbone: str = "resnet50"  # a name in BACKBONES
@@ -65,7 +65,7 @@ class Config:
     width_per_group: int = 64  # channels of a group in res2; they double from stage to stage
     stem_width: int = 64  # smaller in the narrow networks of tests and of the generated data
     stride_in_1x1: bool = False  # MSRA's weights and many of Detectron2's have it there
-    freeze_at: int = 0  # so many stages are not trained; 2 (stem, res2) for fine-tuning (Choice 9)
+    freeze_at: int = 0  # number of frozen stages; 2 (stem, res2) for fine-tuning (Choice 9)
     fpn_channels: int = 256
 
     # RPN: anchors of one size for each of P2..P6
@@ -142,8 +142,8 @@ BACKBONES = {
     },
 }
 
-# The smallest and the largest value of a field, or of the numbers in its tuple; of the others, 0 to
-# 1 if they are float, 1 to 20,000 if they are int.
+# The range of a field, or of each number in its tuple. Fields not listed: 0 to 1 for a float, 1 to
+# 20,000 for an int.
 RANGES = {"keypoints": (0, 1000), "freeze_at": (0, 5), "blocks": (1, 100)}
 RANGES |= {"image_std": (0.001, 1), "anchor_sizes": (1, 10_000), "anchor_ratios": (0.01, 100)}
 RANGES |= {"bbox_reg_weights": (0.01, 1000), "roi_sampling_ratio": (0, 16)}
@@ -155,7 +155,7 @@ RANGES |= dict.fromkeys(("mask_head_convs", "keypoint_head_convs"), (0, 16))
 def check_form(name, value, default):
     """ValueError, naming the field, unless `value` has the default's types, lengths and range.
 
-    Values also come from files: this ends soon for everything that a file can hold.
+    A value may come from a file, so this must end quickly whatever it is.
     """
     example, values = default, [value]
     while type(example) is tuple:  # one level of tuples after the other
@@ -174,8 +174,8 @@ def check_form(name, value, default):
 
 # -- Boxes: overlap, coding, clipping, suppression -------------------------------------------------
 
-# A predicted box is at most 1000/16 times as large as its anchor: exp() of a wild early prediction
-# would overflow. (Detectron: BBOX_XFORM_CLIP)
+# A predicted box is at most 1000/16 times as wide and as high as its anchor: exp() of a wild early
+# prediction would overflow. (Detectron: BBOX_XFORM_CLIP)
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
@@ -237,10 +237,10 @@ def image_limits(sizes, device):
 def nms(boxes, scores, groups, threshold, most):
     """Non-maximum suppression: the up to `most` best boxes of each image that survive it.
 
-    From the best box to the worst, a box is kept unless its IoU with a better one that was kept, of
-    its own group, is above `threshold`. boxes [B, N, 4]; scores [B, N], -inf for what is no
-    candidate; groups [B, N] int64. Returns index [B, min(most, N)] into N, best first, which of
-    them are valid [B, min(most, N)], and how many are, as a list.
+    From best to worst, a box is kept unless its IoU with an already kept box of the same group is
+    above `threshold`. boxes [B, N, 4]; scores [B, N], -inf for a box that is no candidate; groups
+    [B, N] int64. Returns index [B, min(most, N)] into N, best first, which of them are valid
+    [B, min(most, N)], and how many are, as a list.
     """
     sorted_scores, order = scores.sort(dim=1, descending=True, stable=True)
     boxes, groups, candidate = take(boxes, order), take(groups, order), sorted_scores > -math.inf
@@ -277,10 +277,9 @@ def nms_one_by_one(boxes, groups, candidate, threshold):
 def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
     """The same for a GPU, which would go through boxes slowly and wait for the host in each group.
 
-    "Dropped if a box that is not dropped suppresses it" is repeated, starting from "none is
-    dropped", until nothing changes. The best box is right from the start, and each round makes
-    right at least the next one; on COCO 3 to 10 rounds do for all. Returns also whether nothing
-    changed in the last round.
+    At first no box is dropped. Each round drops exactly the boxes that an undropped box suppresses,
+    until nothing changes. The best box is right from the start, and each round settles at least one
+    more; images of COCO need 3 to 10 rounds. Also returns whether the last round changed nothing.
     """
     same_group = groups[:, :, None] == groups[:, None]
     suppresses = (pairwise_iou(boxes, boxes) > threshold) & same_group
@@ -472,9 +471,9 @@ class ResNet(Backbone):
         self.freeze(stages, config.freeze_at)
 
     def forward(self, x):  # [B, 3, H, W]
-        # The maps of stem and res2 are a quarter of the memory of a step and 2 % of its work. With
-        # `recompute` they are computed again in the backward pass instead of kept; not with
-        # statistics of the batch, which would be taken twice.
+        # Stem and res2 take a quarter of a step's memory and 2 % of its work. With `recompute`,
+        # their maps are not kept but computed again in the backward pass. BN would update its
+        # running statistics twice.
         if self.training and self.recompute and self.norm not in ("bn", "syncbn"):
             res2 = checkpoint(self.to_res2, x, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -566,7 +565,10 @@ def make_anchors(shapes, strides, sizes, ratios, device):
 
 @functools.lru_cache(maxsize=32)
 def level_columns(shapes, device):
-    """The level of each of the best anchors [N], and its first anchor [N]; shapes: (all, best)."""
+    """Of each top anchor: its level [N] and the first anchor of that level [N].
+
+    shapes: for each level, how many anchors it has and how many of them are top anchors.
+    """
     levels, starts, start = [], [], 0
     for i, (all_anchors, best) in enumerate(shapes):
         levels += [i] * best
@@ -625,7 +627,7 @@ class RPN(nn.Module):
         boxes = decode_boxes(deltas, torch.cat(anchors)[index])
         boxes = torch.minimum(boxes.clamp(min=0), image_limits(sizes, boxes.device))
         scores = scores.masked_fill(~has_area(boxes), -math.inf)
-        # 3) those that survive NMS, in which levels leave one another alone
+        # 3) those that survive NMS, which runs within each level
         levels = levels.expand_as(index)
         index, valid, _ = nms(boxes, scores, levels, c.rpn_nms_thresh, after)  # [B, P]
         return take(boxes, index), valid
@@ -662,10 +664,10 @@ class RPN(nn.Module):
     def match(self, anchors, truth):
         """For anchors [A, 4]: index of the best object [B, A], label [B, A]: 1, 0, -1 (not used).
 
-        Positive: IoU >= 0.7 with an object, or no anchor overlaps some object more: without these
-        "low-quality matches" (Faster R-CNN, Sec. 3.1.2) an object of a shape between the anchors'
-        would have none. Such an anchor still regresses to the object that it overlaps most itself,
-        which may be another one (Detectron, Detectron2). Negative: IoU below 0.3 with all.
+        Positive: IoU >= 0.7 with an object, or the highest IoU that any anchor has with it. Without
+        these "low-quality matches" (Faster R-CNN, Sec. 3.1.2) some objects would have no positive
+        anchor. Such an anchor still regresses to the object that it overlaps most itself, which may
+        be another one (Detectron, Detectron2). Negative: IoU below 0.3 with all objects.
         """
         iou = pairwise_iou(truth.boxes, anchors[None])  # [B, G, A]
         iou.masked_fill_(~truth.valid[..., None], -1)
@@ -701,7 +703,8 @@ def multilevel_roi_align(features, strides, rois, size, sampling_ratio, levels=N
     four pixels around a point: nothing is rounded to whole pixels. `aligned`: the value of pixel i
     is that at i + 1/2, its centre, as everywhere in this file.
 
-    levels [R]: of each RoI; counts: how many RoIs each level has. To count, this waits.
+    levels [R]: each RoI's level; counts: RoIs of each level (None: counted, which waits for the
+    device).
     """
     if levels is None:
         levels = roi_levels(rois[:, 1:], strides)
@@ -1025,8 +1028,8 @@ class MaskRCNN(nn.Module):
     def losses(self, features, sizes, targets):
         """All losses of a batch, as a dict of scalars (see `forward`); all have weight 1.
 
-        Each is divided by a number of this process's own batch; DDP then averages the gradients
-        over the processes, so that a sample counts less in a process that has many of them.
+        Each is normalized over this process's own batch. DDP then averages the gradients over the
+        processes, so a sample counts for less in a process that has many.
 
         From random weights they start at ln 2 = 0.69 (objectness; masks), ln 81 = 4.39 (classifier,
         80 classes) and ln 56^2 = 8.05 (keypoints). The box losses start small and rise while more
@@ -1088,9 +1091,9 @@ class MaskRCNN(nn.Module):
     def box_losses(self, features, samples, truth, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
 
-        Stages 2 and 3 of a cascade take the boxes that the stage before made of the same RoIs, and
-        ask for more: IoU 0.6 and 0.7 instead of 0.5, since a head that is trained with IoU u makes
-        those boxes better that start near u. Nothing is sampled again, no ground truth added again.
+        Stages 2 and 3 of a cascade take the boxes that the previous stage made of the same RoIs,
+        with IoU thresholds of 0.6 and 0.7 instead of 0.5: a head that is trained at an IoU improves
+        boxes near that IoU most. RoIs are not sampled again, ground truth is not added again.
         """
         c, stages = self.config, len(self.box_heads)
         losses = {}
@@ -1215,7 +1218,7 @@ def check_targets(images, targets, config):
 
 
 def wrong_values(truth, num_classes):
-    """What only values tell, for each image: are boxes, are labels wrong; [B, 1] bool each."""
+    """Whether each image has invalid boxes, and invalid labels: two tensors [B, 1] bool."""
     size = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, G, 2]; inf - inf is not a number
     boxes = (size != size.clamp(0, 1e6)).flatten(1).any(dim=1)
     labels = (truth.labels != truth.labels.clamp(1, num_classes)).any(dim=1)
@@ -1323,9 +1326,9 @@ def check_archive(file):
 def check_pickle(file):
     """Refuse a pickle whose objects cost far more to visit than to write; moves `file` on.
 
-    With t1 = (t0, t0), t2 = (t1, t1), ... four bytes double the work of whoever hashes or prints
-    the last tuple, and very deep ones overflow C's stack. So the program is run here first with
-    the number of an object's elements in its place, a tuple's largest element counted twice.
+    With t1 = (t0, t0), t2 = (t1, t1), ... four bytes double the work of hashing the last tuple, and
+    deep nesting overflows C's stack. So the opcodes are first run on the objects' numbers of
+    elements instead of the objects, a tuple's largest element counted twice.
     """
     mark, memo, stack = 0, {}, []
     for opcode, argument, _ in pickletools.genops(file):
@@ -1378,7 +1381,7 @@ def read_checkpoint(path):
         right = type(name) is str and torch.is_tensor(tensor) and tensor.layout == torch.strided
         # (With a stride of 0 a tensor can claim any shape.)
         if not right or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise WeightsError(f"{path} is no checkpoint of this project: it has other weights.")
+            raise WeightsError(f"{path} is no checkpoint of this project: its weights are damaged.")
     return content
 
 
@@ -1416,7 +1419,7 @@ def load_weights(model, path, verbose=True):
     theirs, weights = content["config"], content["weights"]
     for name in ("stride_in_1x1", "norm"):
         differs = theirs.get(name, getattr(config, name)) != getattr(config, name)
-        # Of norms, the tensors' names tell, but for MSRA's BN, folded into its scale and shift.
+        # The names of the tensors tell another norm, but not MSRA's folded BN.
         folded = theirs.get("norm") == "frozen_bn" and config.freeze_at < 5
         if differs and (name == "stride_in_1x1" or folded):
             raise WeightsError(f"{path} is of a backbone with another {name} than this model's.")

@@ -13,10 +13,10 @@ and they differ in what mean and var are taken over. For x of shape [N, C, H, W]
     FrozenBatchNorm   (constants of the pre-trained model)                           C
 
 Why a detector that is trained from scratch needs GroupNorm or SyncBatchNorm: images of 800 x 1333
-fill a GPU with one or two of them. BN's statistics of so few images are noisy, and differ from the
-averages over the training that it uses at test time. Detectors used to freeze BN at the statistics
-of ImageNet, which takes a pre-trained model. GroupNorm does not look at the batch at all;
-SyncBatchNorm makes it the batch of all GPUs (8 x 2 images).
+fill a GPU with one or two of them. BN's statistics over so few images are noisy, and differ from
+the running averages that it uses at test time. Detectors used to freeze BN at ImageNet's
+statistics, which needs a pre-trained model. GroupNorm does not look at the batch at all;
+SyncBatchNorm takes its statistics over the batch of all GPUs (8 x 2 images).
 
 This file imports torch only. Each class can be copied out, SyncBatchNorm with AllReduceSum.
 """
@@ -123,9 +123,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d whose training statistics are those of the batches of all processes together.
 
     Processes may have different numbers of images, of different sizes, even none: every element
-    counts the same. A process without any still joins the all-reduces of the forward and of the
-    backward pass; otherwise the others would wait for it for ever. (nn.SyncBatchNorm runs on CUDA
-    only, waits for the device in each layer, and lets running statistics decay without elements.)
+    counts the same. A process without elements still joins the all-reduces of the forward and the
+    backward pass; otherwise the others would hang. (nn.SyncBatchNorm runs on CUDA only, waits for
+    the device in each layer, and lets running statistics decay when there are no elements.)
     """
 
     def __init__(self, channels, eps=1e-5, momentum=0.1, process_group=None):

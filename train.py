@@ -164,7 +164,9 @@ RECIPES = {
     ),
     # Tables 1 and 2, Figures 1 and 3
     "r50-gn": Recipe(paper="6x random 41.3 / 36.6, pre-trained 41.1 / 36.4"),
-    "r101-gn": Recipe(backbone="resnet101", paper="6x random 42.7 / 37.6, pre-trained 42.3 / 37.2"),
+    "r101-gn": Recipe(
+        backbone="resnet101", paper="6x random 42.7 / 37.6, 3x pre-trained 42.3 / 37.2",
+    ),
     # Figure 4
     "r50-syncbn": Recipe(norm="syncbn", paper="Figure 4's curves"),
     # Figure 5 and Table 3: enhanced baselines. --tta is an option of evaluate.py.
@@ -273,8 +275,8 @@ def learning_rate(iteration, recipe):
 
     Sec. 4: "we always reduce the learning rate by 10x in the last 60k and last 20k iterations
     respectively, no matter how many total iterations". 6x: 0.02 up to 479,999, 0.002 from 480,000
-    and 0.0002 from 520,000. A longer schedule so spends all that it has more at the full rate, and
-    the schedules of a recipe are one and the same run until their own first drop.
+    and 0.0002 from 520,000. A longer schedule spends all its extra iterations at the full rate, so
+    all schedules of a recipe are identical until their first drop.
     """
     rate = recipe.learning_rate
     for drop in recipe.drops:
@@ -303,8 +305,8 @@ def make_optimizer(model, recipe):
       momentum <- 0.9 * momentum + gradient + decay * weight
       weight   <- weight - rate * momentum
 
-    The rate stands outside of the momentum, so nothing has to be done when it drops. Caffe2 has it
-    inside, for which Detectron's SCALE_MOMENTUM corrects (Choice 11).
+    The rate is not part of the momentum, so a drop needs no correction. In Caffe2 it is, which
+    Detectron's SCALE_MOMENTUM corrects (Choice 11).
     """
     norms = (nn.GroupNorm, nn.BatchNorm2d)  # norms.py's trained layers derive from these two
     of_norms = {m.weight for m in model.modules() if isinstance(m, norms)}
@@ -503,8 +505,8 @@ class Alarm:
     of `with Alarm()`, SIGTERM, SIGINT (Ctrl-C) and SIGHUP no longer end the process by themselves.
     """
 
-    # No loss of a run that learns comes near to this. Weights behind it are not worth a checkpoint:
-    # the next loss is NaN, and one that was sound would be deleted for them.
+    # No healthy loss comes near this. Weights with a larger one are not saved: the next loss is
+    # often NaN, and the checkpoint would replace a sound one.
     MOST = 1000.0
 
     def __init__(self):
@@ -537,7 +539,7 @@ class Alarm:
         flags = torch.stack([1 - total.isfinite().float(), (total > self.MOST).float(), stop])
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        # To pinned memory, with a mark behind it: the next forward pass is not waited for.
+        # Copied to pinned memory; the event lets read() wait for this copy alone.
         self.flags = flags.to("cpu", non_blocking=True)
         self.arrived = torch.cuda.current_stream().record_event() if flags.is_cuda else None
         image_ids = [target.get("image_id") for target in targets]
@@ -760,7 +762,7 @@ def read_checkpoint(path, recipe, args, train_set, may_differ=()):
     """A checkpoint to continue from. Raises UserError if it is one of another run."""
     checkpoint = detector.read_checkpoint(path)
     if "momentum" not in checkpoint:
-        raise UserError(f"{path} has no momentum to continue with; for its weights alone: --init.")
+        raise UserError(f"{path} has no momentum, so it cannot be resumed; use --init.")
     batch, (_, world_size) = checkpoint["batch_size"], rank_and_size()
     if batch != recipe.batch_size:
         keep = f"give --images-per-gpu {batch // world_size}"
@@ -816,11 +818,11 @@ def read_trunk(recipe, args, train_set):
     """
     if recipe.cascade_iterations:
         # Its switch is a fixed time before its end, so earlier than the trunk's.
-        raise UserError(f"--from: the cascade {args.recipe} is to be trained from its start.", 2)
+        raise UserError(f"--from: the cascade {args.recipe} cannot branch off a trunk.", 2)
     shared = [path for path in checkpoints_in(args.trunk) if iteration_of(path) <= recipe.drops[0]]
     if not shared:
         drop = f"the first drop of this schedule, {recipe.drops[0]:,}"
-        raise UserError(f"--from {args.trunk}: no checkpoint there is from before {drop}.", code=2)
+        raise UserError(f"--from {args.trunk}: it has no checkpoint before {drop}.", code=2)
     checkpoint = read_checkpoint(shared[-1], recipe, args, train_set, may_differ=("iterations",))
     theirs = replace(recipe, iterations=checkpoint["recipe"]["iterations"])
     if checkpoint["iteration"] > theirs.drops[0]:
@@ -841,7 +843,7 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("--recipe", default="toy", metavar="R", choices=list(RECIPES), help="see --list (toy)")
     add("--schedule", metavar="Nx", choices=list(SCHEDULES), help="length: N times the recipe's 1x")
-    add("--data", metavar="DIR", help="in COCO's layout, or VOC's devkit (toys: generated)")
+    add("--data", metavar="DIR", help="data set in COCO's or VOC's layout (toys: generated)")
     add("--train-split", default="train2017", metavar="NAME", help="(train2017)")
     add("--val-split", default="val2017", metavar="NAME", help="(val2017)")
     add("--out", metavar="DIR", help="for checkpoints, log and pictures (runs/RECIPE)")
@@ -851,13 +853,13 @@ def parse_arguments(arguments):
     add("--freeze-at", type=int, metavar="N", help="freeze the first N of stem, res2, res3, ...")
     add("--amp", action="store_true", help="convolutions in bfloat16: faster, not the paper's")
     add("--compile", action="store_true", help="torch.compile, for CUDA; minutes to start")
-    add("--recompute", action="store_true", help="stem and res2 again in backward: less memory")
+    add("--recompute", action="store_true", help="recompute stem and res2 in backward: less memory")
     add("--subset", type=int, metavar="N", help="train on N images, the same on every machine")
     add("--images-per-gpu", type=int, metavar="N", help="rate and schedule scale with the batch")
     add("--iterations", type=int, metavar="N", help="stop after N; never changes the schedule")
     add("--eval-every", type=int, metavar="N", help="iterations between evaluations")
-    add("--workers", type=int, metavar="N", help="loading processes of each GPU (by the cores)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, images, flips, sampling (0)")
+    add("--workers", type=int, metavar="N", help="loader processes per GPU (from the cores)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of the whole run (0)")
     add("--device", metavar="D", help="cuda or cpu (cuda if there is one)")
     add("--from", dest="trunk", metavar="DIR", help="branch off a longer run of the same recipe at "
         "its last checkpoint before this schedule's first drop")
@@ -911,11 +913,11 @@ def problems(recipe, args):
         yield "Frozen BN has no statistics without a pre-trained model (Sec. 3.1); use --norm gn"
     if args.init == "random" and recipe.freeze_at > 0:
         # It cost Detectron 3.3 AP.
-        yield f"freeze_at {recipe.freeze_at} would keep random layers for ever; use --freeze-at 0"
+        yield f"freeze_at {recipe.freeze_at} would freeze random layers; use --freeze-at 0"
     if recipe.drops[0] < recipe.warmup_iterations:
         yield f"the rate would drop at {recipe.drops[0]:,}, before the warm-up ends; train longer"
     if recipe.iterations < recipe.cascade_iterations:
-        yield f"{recipe.cascade_iterations:,} iterations are to train a cascade; train longer"
+        yield f"the cascade takes {recipe.cascade_iterations:,} iterations; train longer"
     if recipe.norm == "syncbn" and recipe.compile and rank_and_size()[1] > 1:
         yield "SyncBN over several processes cannot be compiled; leave --compile out"
     if recipe.norm in ("syncbn", "bn") and args.recompute:

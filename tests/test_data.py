@@ -301,7 +301,7 @@ def test_bad_image_files(tmp_path, kind):
     with pytest.raises(UserError) as caught:
         CocoDataset(tmp_path, tmp_path / "coco.json")[0]
     check_sentence(caught, str(tmp_path), "mage 7")
-    reason = {"bomb": "pixels", "link": "leads out of", "dots": "leads out of", "null": "file_name"}
+    reason = {"bomb": "pixels", "link": "lies outside", "dots": "lies outside", "null": "file_name"}
     assert reason.get(kind, "") in str(caught.value)
 
 
