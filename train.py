@@ -15,13 +15,15 @@ Training from random weights needs two things: a normalization that works with s
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while torch is being imported ends without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -29,10 +31,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -42,9 +42,7 @@ import evaluate
 import model as detector
 from data import UserError
 
-# ------------------------------------------------------------------------------------------------
-# Recipes
-# ------------------------------------------------------------------------------------------------
+# -- Recipes ---------------------------------------------------------------------------------------
 
 # "1x" is 90,000 iterations of 16 images: 12.3 epochs of COCO train2017.
 SCHEDULES = {f"{n}x": n * 90_000 for n in range(1, 12)}
@@ -67,7 +65,7 @@ class Recipe:
     # Sec. 4 "Learning rate scheduling"
     iterations: int = SCHEDULES["6x"]  # from random weights
     iterations_pretrained: int = SCHEDULES["2x"]
-    one_x: int = SCHEDULES["1x"]  # iterations that --schedule counts in
+    one_x: float = SCHEDULES["1x"]  # iterations that --schedule counts in
     # The last iterations at reduced rates, *whatever the total*. Below 1: shares of the total.
     tails: tuple = (60_000, 20_000)
     drop_factor: float = 0.1  # of the rate at the beginning of each tail
@@ -122,9 +120,9 @@ ENHANCED = dict(
 # each RoI, so stage 1 must have learnt one to survive the switch.
 CASCADE = dict(cascade_iterations=270_000, model={"box_class_agnostic": True})
 
-# Sec. 5.2: the rates and sizes that the paper found for 35k images. The paper gives totals for 10k
-# images; those for 3.5k and 1k are ours, and so are the drops below 35k: at 6x's own proportions,
-# for these runs are shorter than 6x's tails (Choice 7).
+# Sec. 5.2: the rates and sizes that the paper found for 35k images. The paper gives totals for 10k;
+# those for 35k (9x), 3.5k and 1k are ours. So are the drops below 35k: at 6x's own proportions, for
+# these runs are shorter than 6x's tails (Choice 7).
 LESS_DATA = dict(learning_rate=0.04, drop_factor=0.02, min_sizes=AUGMENTED_MORE)
 NINTHS = (1 / 9, 1 / 27)
 
@@ -163,9 +161,9 @@ RECIPES = {
         min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
     ),
     # Tables 1 and 2, Figures 1 and 3
-    "r50-gn": Recipe(paper="6x random 41.3 / 36.6, pre-trained 41.1 / 36.4"),
+    "r50-gn": Recipe(paper="6x random 41.3 / 36.6; pre-trained 2x 40.3, 6x 41.1 / 36.4"),
     "r101-gn": Recipe(
-        backbone="resnet101", paper="6x random 42.7 / 37.6, 3x pre-trained 42.3 / 37.2",
+        backbone="resnet101", paper="6x random 42.7 / 37.6; pre-trained 2x 41.8, 3x 42.3 / 37.2",
     ),
     # Figure 4
     "r50-syncbn": Recipe(norm="syncbn", paper="Figure 4's curves"),
@@ -223,19 +221,13 @@ RECIPES = {
     ),
 }
 
-# The smallest and the largest value of every number in a recipe
-RANGES = {
-    (0, 1): ("drop_factor", "momentum", "weight_decay", "warmup_factor"),
-    (0, 5): ("freeze_at", "freeze_at_pretrained"),
-    (0, 1e9): (
-        "keypoints", "cascade_iterations", "warmup_iterations", "tails", "learning_rate",
-        "bias_rate", "clip_gradient",
-    ),
-    (1, 1e9): (
-        "iterations", "iterations_pretrained", "one_x", "batch_size", "images_per_gpu", "subset",
-        "min_sizes", "max_size", "test_size", "eval_every", "checkpoint_every", "log_every",
-    ),
-}
+# The smallest and the largest value of each number in a recipe; of the others, 0 and 1e9
+RANGES = dict.fromkeys(("drop_factor", "momentum", "weight_decay", "warmup_factor"), (0, 1))
+RANGES |= dict.fromkeys(("freeze_at", "freeze_at_pretrained"), (0, 5))
+RANGES |= dict.fromkeys(
+    ("iterations", "iterations_pretrained", "one_x", "batch_size", "images_per_gpu", "subset",
+     "min_sizes", "max_size", "test_size", "eval_every", "checkpoint_every", "log_every"), (1, 1e9),
+)
 # fmt: on
 
 
@@ -258,16 +250,14 @@ def scale_to_batch(recipe, batch_size):
         iterations=scaled(recipe.iterations),
         tails=tuple(tail if tail < 1 else scaled(tail) for tail in recipe.tails),
         cascade_iterations=recipe.cascade_iterations and scaled(recipe.cascade_iterations),
-        one_x=scaled(recipe.one_x),
+        one_x=recipe.one_x / ratio,
         warmup_iterations=max(recipe.warmup_iterations, scaled(recipe.warmup_iterations)),
         eval_every=scaled(recipe.eval_every),
         checkpoint_every=scaled(recipe.checkpoint_every),
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Learning rate
-# ------------------------------------------------------------------------------------------------
+# -- Learning rate ---------------------------------------------------------------------------------
 
 
 def learning_rate(iteration, recipe):
@@ -290,9 +280,7 @@ def learning_rate(iteration, recipe):
     return rate
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizer
-# ------------------------------------------------------------------------------------------------
+# -- Optimizer -------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, recipe):
@@ -332,42 +320,44 @@ def make_optimizer(model, recipe):
 def momentum_of(model, optimizer):
     """SGD's momentum by parameter name, so that it fits a model that has grown to a cascade."""
     state = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
-    return {
-        n: s["momentum_buffer"] for n, s in state.items() if s.get("momentum_buffer") is not None
-    }
+    return {name: s["momentum_buffer"] for name, s in state.items() if s}
 
 
 def set_momentum(model, optimizer, momentum):
-    """The inverse of `momentum_of`; parameters that it does not name start without momentum."""
+    """The inverse of `momentum_of`; parameters that `momentum` does not name start with zero.
+
+    Zero does what no momentum does, but torch's fused SGD takes it for all of a group or for none.
+    """
     for name, parameter in model.named_parameters():
-        if name in momentum:
-            buffer = torch.empty_like(parameter, requires_grad=False).copy_(momentum[name])
+        if parameter.requires_grad:
+            buffer = torch.zeros_like(parameter, requires_grad=False)
             optimizer.state[parameter]["momentum_buffer"] = buffer
+            if name in momentum:
+                buffer.copy_(momentum[name])
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------
+# -- The loop --------------------------------------------------------------------------------------
 
 
 def train(recipe, args, checkpoint, train_set, val_set, device):
     """Train by `recipe`, scaled to the batch already, from `checkpoint` on (None: the start)."""
     model, optimizer = start_model(recipe, args, checkpoint, train_set, device)
-    ddp = wrap(model, recipe, device)
+    ddp = wrap(model)
     iteration = checkpoint["iteration"] if checkpoint else 0
     last = min(recipe.iterations, args.iterations or recipe.iterations)
+    kept = milestones(recipe)
     print_header(recipe, args, checkpoint, model, train_set, val_set, device)
     loader = make_loader(recipe, args, train_set, iteration)
     log = Log(recipe, args, checkpoint, last, device)
     with contextlib.closing(loader), contextlib.closing(log.bar), Alarm() as alarm:
-        if evaluation_due(iteration, recipe, last):  # the checkpoint was written just before it
+        if evaluation_due(iteration, recipe, last):  # the run ended before it was evaluated here
             metrics = evaluate_and_log(model, val_set, args, iteration, log)
         while iteration < last and not alarm.stop:
-            # Sec. 5.1: the last 270k iterations of a cascade recipe train three box heads.
+            # Sec. 5.1: a cascade recipe trains three box heads in its last 270k iterations.
             in_cascade = iteration >= recipe.iterations - recipe.cascade_iterations
             if in_cascade and not model.config.cascade:
                 model, optimizer = grow_to_cascade(model, optimizer, recipe)
-                ddp = wrap(model, recipe, device)
+                ddp = wrap(model)
 
             # 1) The next batch, and the learning rate of this iteration (biases: twice as much)
             images, targets = to_device(*next(loader), device)
@@ -375,12 +365,11 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
 
-            # 2) The losses. From random weights, objectness and masks start near ln 2 = 0.7 (tosses
-            # of a coin), the classifier near ln(K + 1) = 4.4 on COCO, keypoints near ln 56^2 = 8.1.
+            # 2) The losses (what they are at first: model.py, `MaskRCNN.losses`)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
                 losses = ddp(images, targets)
             total = sum(losses.values())
-            alarm.read()  # of the step before; raises if its loss was not finite
+            alarm.read()  # about the previous step: this does not make a GPU wait
 
             # 3) The gradients, averaged over the processes by DDP, and a step along them
             optimizer.zero_grad(set_to_none=True)
@@ -395,12 +384,12 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             log.bar.update()
             if iteration % recipe.log_every == 0 or iteration == last:
                 log.step(iteration, rate, losses)
-            regular = iteration % recipe.checkpoint_every == 0 or iteration in milestones(recipe)
-            if regular or evaluation_due(iteration, recipe, last) or alarm.stop:
-                alarm.read()  # of this step: its weights are to be saved and evaluated
-                if alarm.sound:
-                    save_checkpoint(model, optimizer, iteration, recipe, args, len(train_set), log)
-            if evaluation_due(iteration, recipe, last) and not alarm.stop:
+            evaluates = evaluation_due(iteration, recipe, last)
+            saves = evaluates or iteration % recipe.checkpoint_every == 0 or iteration in kept
+            if saves or alarm.stop:
+                alarm.read()  # about this step, whose weights are to be saved and evaluated
+                save_checkpoint(model, optimizer, iteration, recipe, args, len(train_set), log)
+            if evaluates and not alarm.stop:
                 metrics = evaluate_and_log(model, val_set, args, iteration, log)
     if alarm.stop:
         name = alarm.signals[0] if alarm.signals else "a signal to another process"
@@ -413,7 +402,7 @@ def evaluation_due(iteration, recipe, last):
     return iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last)
 
 
-# -- What the loop is made of --------------------------------------------------------------------
+# What the loop is made of, in its order
 
 
 def start_model(recipe, args, checkpoint, train_set, device):
@@ -426,14 +415,14 @@ def start_model(recipe, args, checkpoint, train_set, device):
         model = make_model(recipe, len(train_set.classes))
     else:
         config = detector.read_checkpoint(args.init)["config"]
-        stride = config["stride_in_1x1"]  # pre-trained weights decide where it is
+        stride = config.get("stride_in_1x1", False)  # pre-trained weights decide where it is
         model = make_model(recipe, len(train_set.classes), stride_in_1x1=stride)
         detector.load_weights(model, args.init, verbose=rank_and_size()[0] == 0)
     sizes = {"min_size": recipe.test_size, "max_size": recipe.max_size}
     classes = {"classes": train_set.classes, "category_ids": train_set.category_ids}
     model.data_settings = sizes | classes
     model.backbone.recompute = args.recompute
-    place(model, device)
+    place(model, recipe, device)
     optimizer = make_optimizer(model, recipe)
     if checkpoint:
         set_momentum(model, optimizer, checkpoint.pop("momentum"))
@@ -450,21 +439,21 @@ def make_model(recipe, num_classes, **settings):
         raise UserError(f"The model cannot be built: {error}", code=2) from None
 
 
-def place(model, device):
+def place(model, recipe, device):
     """Put the model on its device, in training mode; on CUDA, channels_last is faster."""
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     model.to(device, memory_format=layout).train()
+    if recipe.compile:
+        compile_parts(model)
 
 
-def wrap(model, recipe, device):
+def wrap(model):
     """The model in DDP where there are several processes.
 
     DDP averages gradients with the same weight for every process. Each of them has divided its
     losses by its own numbers of anchors, RoIs and objects, as in Detectron: an object counts for
-    more in a process that has few. Numbers summed over all processes would make another loss.
+    more in a process that has few. Dividing by sums over all processes would be another loss.
     """
-    if recipe.compile:
-        compile_parts(model)
     if not dist.is_initialized():
         return model
     # The newest torch renames broadcast_buffers, to a name that older ones do not know.
@@ -498,21 +487,18 @@ def to_device(images, targets, device):
 
 
 class Alarm:
-    """What all processes must agree on after a step: was its loss finite, has a signal come?
+    """What all processes must agree on after a step: has its loss exploded, has a signal come?
 
     The answer is read one step late, when it has long arrived: to wait for it at once would leave a
     GPU idle. So a bad step does change the weights, but these are never saved or evaluated. Inside
     of `with Alarm()`, SIGTERM, SIGINT (Ctrl-C) and SIGHUP no longer end the process by themselves.
     """
 
-    # No healthy loss comes near this. Weights with a larger one are not saved: the next loss is
-    # often NaN, and the checkpoint would replace a sound one.
-    MOST = 1000.0
+    MOST = 1000.0  # no healthy loss comes near this; behind it, the next one is often NaN
 
     def __init__(self):
         self.signals = []  # that this process has received
         self.stop = False  # the run ends here: some process has received a signal
-        self.sound = True  # no process had a loss above MOST
         self.flags = None
 
     def __enter__(self):
@@ -535,8 +521,8 @@ class Alarm:
     def set(self, iteration, losses, targets):
         """Ask about the step `iteration`, which had these losses (a dict) on these targets."""
         total = sum(losses.values()).detach()
-        stop = torch.full_like(total, bool(self.signals))
-        flags = torch.stack([1 - total.isfinite().float(), (total > self.MOST).float(), stop])
+        exploded = 1 - (total <= self.MOST).float()  # also where it is NaN
+        flags = torch.stack([exploded, torch.full_like(total, bool(self.signals))])
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         # Copied to pinned memory; the event lets read() wait for this copy alone.
@@ -546,23 +532,21 @@ class Alarm:
         self.step = iteration, {k: v.detach() for k, v in losses.items()}, image_ids
 
     def read(self):
-        """Update `stop` and `sound`. Raises UserError if a loss was not finite on any process."""
+        """Update `stop`. Raises UserError if the loss of any process has exploded."""
         if self.flags is None:
             return
         if self.arrived:
             self.arrived.synchronize()
-        not_finite, too_large, stop = map(bool, self.flags.tolist())
-        iteration, losses, image_ids = self.step
-        if not_finite:
+        exploded, stop = map(bool, self.flags.tolist())
+        if exploded:
+            iteration, losses, image_ids = self.step
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
             raise UserError(
-                f"A loss of step {iteration} is not finite (here: {values}; images "
-                f"{', '.join(map(str, image_ids))}); the last two checkpoints are from before; "
-                "look at these images, or lower the learning rate."
+                f"The loss of step {iteration} is not finite or above {self.MOST:g} (here: {values}"
+                f"; images {', '.join(map(str, image_ids))}); checkpoints are from before: look at "
+                "these images, or lower the learning rate."
             )
-        if too_large and self.sound:
-            say(f"Step {iteration}: a loss above {self.MOST:g}; no checkpoints until it falls.")
-        self.stop, self.sound = self.stop or stop, not too_large
+        self.stop = self.stop or stop
 
 
 class Log:
@@ -574,9 +558,8 @@ class Log:
         self.start = checkpoint["iteration"] if checkpoint else 0
         first = rank_and_size()[0] == 0
         if first and self.path.exists():
-            kept = self.path.read_bytes()[: checkpoint["log_bytes"] if checkpoint else 0]
-            with detector.write_whole(self.path) as file:
-                file.write(kept if kept.endswith(b"\n") or not kept else kept + b"\n")
+            length = checkpoint["log_bytes"] if checkpoint else 0
+            os.truncate(self.path, min(length, self.path.stat().st_size))
         self.bar = tqdm(
             total=last, initial=self.start, disable=not first, unit="it", dynamic_ncols=True
         )
@@ -597,8 +580,11 @@ class Log:
         values = {k: round(v, 6) for k, v in zip(["loss", *losses], values.tolist())}
         (before, then), now = self.clock, time.perf_counter()
         speed = (iteration - before) * self.recipe.batch_size / (now - then)
-        machine = {"images_per_second": round(speed, 3), "peak_memory_mb": peak_memory(self.device)}
-        self.write({"iteration": iteration, "lr": rate} | values | machine)
+        record = {"iteration": iteration, "lr": rate} | values
+        record["images_per_second"] = round(speed, 3)
+        if self.device.type == "cuda":
+            record["peak_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
+        self.write(record)
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
         # The first steps were slower, for everything starts up.
         if before < self.start + max(10, 2 * self.recipe.log_every) <= iteration:
@@ -612,21 +598,8 @@ class Log:
             return file.tell()
 
 
-def peak_memory(device):
-    """The largest memory use so far in MiB: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-
-
 def evaluate_and_log(model, val_set, args, iteration, log):
     metrics = evaluate.evaluate(model, val_set, args.out, workers=args.workers)
-    model.train()
     log.write({"iteration": iteration, **metrics})
     for kind, values in metrics.items():
         values = "  ".join(f"{k} {v:.1f}" for k, v in values.items() if v is not None)
@@ -665,41 +638,45 @@ def say(text):
         tqdm.write(text)
 
 
-# ------------------------------------------------------------------------------------------------
-# The cascade switch
-# ------------------------------------------------------------------------------------------------
+# -- The cascade switch ----------------------------------------------------------------------------
 
 
 def grow_to_cascade(model, optimizer, recipe):
     """The model as a three-stage cascade, with an optimizer for it (Sec. 5.1 "Enhanced baselines").
 
-    Stages 2 and 3 start as copies of stage 1. Their deltas are divided by box weights 2 and 3 times
-    as large, so the copied regressors are multiplied by 2 and 3: then they start as what stage 1
-    does (Choice 13). Momentum is kept for everything that there was before.
+    Stages 2 and 3 start as copies of stage 1. Stage s divides its deltas by s * (10, 10, 5, 5)
+    (model.py, `box_weights`), so the regressor copied to it is multiplied by s: it then predicts
+    the same boxes as stage 1 (Choice 13). Parameters that there were before keep their momentum.
+    What the three stages do is in model.py, `box_losses`.
     """
     grown = detector.build_model(**dataclasses.asdict(model.config) | {"cascade": True})
     state = model.state_dict()
     for name, tensor in list(state.items()):
         if name.startswith("box_heads.0."):
-            for stage in (1, 2):
-                factor = stage + 1 if ".regressor." in name else 1
-                state[name.replace("box_heads.0", f"box_heads.{stage}")] = tensor * factor
+            for stage in (2, 3):
+                factor = stage if ".regressor." in name else 1
+                state[name.replace("box_heads.0", f"box_heads.{stage - 1}")] = tensor * factor
     grown.load_state_dict(state)
     grown.data_settings = model.data_settings
     grown.backbone.recompute = model.backbone.recompute
-    place(grown, model.image_mean.device)
+    place(grown, recipe, model.image_mean.device)
     grown_optimizer = make_optimizer(grown, recipe)
     set_momentum(grown, grown_optimizer, momentum_of(model, optimizer))
     return grown, grown_optimizer
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints: save, resume, branch off a trunk
-# ------------------------------------------------------------------------------------------------
+# -- Checkpoints: save, resume, branch off a trunk -------------------------------------------------
 
-# Exact resume needs the weights, the momentum, the iteration and the length of the log, and nothing
-# else: which images make a batch, their flips, and the sampling of anchors and RoIs are functions
-# of (seed, iteration, position in the batch), and the rate is one of the iteration.
+# Exact resume needs four things, and nothing else:
+#
+#               saved by                        restored by
+#   weights     save_checkpoint                 start_model
+#   momentum    save_checkpoint, momentum_of    start_model, set_momentum
+#   iteration   save_checkpoint                 train: rate, cascade, the loader's first batch
+#   log_bytes   save_checkpoint, Log.sync       Log.__init__, which cuts the log to this length
+#
+# Which images make a batch, their flips, and the sampling of anchors and RoIs are functions of
+# (seed, iteration, position in the batch): data.py, above `image_seed`.
 
 
 def checkpoint_path(out, iteration):
@@ -721,10 +698,11 @@ def milestones(recipe):
     """Iterations whose checkpoints are kept for good.
 
     Where the rate drops, where shorter schedules leave this one (they share it until their own
-    first drop), and where a cascade begins.
+    first drop), and where a cascade begins (without one: the end).
     """
-    shorter = range(recipe.one_x, recipe.iterations, recipe.one_x)
-    branches = {replace(recipe, iterations=iterations).drops[0] for iterations in shorter}
+    count = math.ceil(recipe.iterations / recipe.one_x)
+    shorter = (replace(recipe, iterations=round(n * recipe.one_x)) for n in range(1, count))
+    branches = {schedule.drops[0] for schedule in shorter}
     return {*recipe.drops, *branches, recipe.iterations - recipe.cascade_iterations}
 
 
@@ -737,7 +715,6 @@ def save_checkpoint(model, optimizer, iteration, recipe, args, num_images, log):
             dist.broadcast(buffer, 0)
     if rank > 0:
         return
-    modules = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
     detector.save_model(
         model,
         checkpoint_path(args.out, iteration),
@@ -751,7 +728,6 @@ def save_checkpoint(model, optimizer, iteration, recipe, args, num_images, log):
         world_size=world_size,
         num_images=num_images,
         log_bytes=log.sync(),  # before the checkpoint says that these records need not come again
-        versions={"python": sys.version.split()[0], **modules},
     )
     for path in checkpoints_in(args.out)[:-2]:
         if iteration_of(path) not in milestones(recipe):
@@ -773,7 +749,7 @@ def read_checkpoint(path, recipe, args, train_set, may_differ=()):
     theirs |= {"seed": checkpoint["seed"], "init": Path(checkpoint["init"]).name}
     ours = dataclasses.asdict(recipe) | {"name": args.recipe, "classes": train_set.classes}
     ours |= {"seed": args.seed, "init": Path(args.init).name}
-    # How many processes share a batch is no setting, nor is how the code is run.
+    # These may differ: they do not change what is computed.
     may_differ = {"images_per_gpu", "compile", "eval_every", "paper", *may_differ}
     differ = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
     if differ:
@@ -817,8 +793,8 @@ def read_trunk(recipe, args, train_set):
     same length whatever the total. Raises UserError where that is not so.
     """
     if recipe.cascade_iterations:
-        # Its switch is a fixed time before its end, so earlier than the trunk's.
-        raise UserError(f"--from: the cascade {args.recipe} cannot branch off a trunk.", 2)
+        # A shorter cascade run switches earlier, and shares nothing with its trunk from there on.
+        raise UserError(f"--from: the cascade {args.recipe} cannot branch off a trunk.", code=2)
     shared = [path for path in checkpoints_in(args.trunk) if iteration_of(path) <= recipe.drops[0]]
     if not shared:
         drop = f"the first drop of this schedule, {recipe.drops[0]:,}"
@@ -830,9 +806,7 @@ def read_trunk(recipe, args, train_set):
     return checkpoint | {"log_bytes": 0}  # the branch has a log of its own
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# -- Command line ----------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments):
@@ -899,16 +873,19 @@ def make_recipe(args):
 
 def problems(recipe, args):
     """Yield, in a sentence each, what cannot work."""
-    for (low, high), names in RANGES.items():
-        for name in names:
-            value, kind = getattr(recipe, name), type(getattr(Recipe, name))
-            numbers = value if kind is tuple else (value,)
-            types = (int, float) if kind in (float, tuple) else int
-            valid = isinstance(numbers, tuple) and len(numbers) > 0
-            valid = valid and all(isinstance(n, types) and low <= n <= high for n in numbers)
-            if not valid and (name, value) != ("subset", None):
-                needed = "a tuple of numbers" if kind is tuple else "a number"
-                yield f"{name} is {value!r}; it must be {needed} from {low} to {high:g}"
+    kinds = {int: int, int | None: int, float: (int, float), tuple: (int, float)}
+    for field in dataclasses.fields(recipe):
+        name, value = field.name, getattr(recipe, field.name)
+        if field.type not in kinds or (name, value) == ("subset", None):
+            continue
+        low, high = RANGES.get(name, (0, 1e9))
+        is_tuple = field.type is tuple
+        numbers = value if isinstance(value, tuple) else (value,)
+        valid = isinstance(value, tuple) == is_tuple and len(numbers) > 0
+        valid &= all(isinstance(n, kinds[field.type]) and low <= n <= high for n in numbers)
+        if not valid:
+            needed = "a tuple of numbers" if is_tuple else "a number"
+            yield f"{name} is {value!r}; it must be {needed} from {low} to {high:g}"
     if args.init == "random" and recipe.norm == "frozen_bn":
         yield "Frozen BN has no statistics without a pre-trained model (Sec. 3.1); use --norm gn"
     if args.init == "random" and recipe.freeze_at > 0:
@@ -948,12 +925,17 @@ def make_datasets(recipe, args):
     train_set = data.open_split(root, args.train_split, training=True, **kind, **chosen)
     val_set = data.open_split(root, args.val_split, **kind)
     data.check_same_classes(train_set, val_set)
-    iterations = min(recipe.iterations, args.iterations or recipe.iterations)
-    epochs = round(iterations * recipe.batch_size / len(train_set))
-    if epochs > 3000:  # the paper's smallest set is seen 640 times
-        what = f"{iterations:,} iterations are {epochs:,} epochs of {len(train_set):,} images"
-        raise UserError(f"{what}; use --recipe small, or stop after --iterations N.", code=2)
+    check_epochs(recipe, args, len(train_set))
     return train_set, val_set
+
+
+def check_epochs(recipe, args, num_images):
+    """Refuse a schedule for far more images; the paper's smallest set is seen 640 times."""
+    iterations = min(recipe.iterations, args.iterations or recipe.iterations)
+    epochs = round(iterations * recipe.batch_size / num_images)
+    if epochs > 3000:
+        what = f"{iterations:,} iterations are {epochs:,} epochs of {num_images:,} images"
+        raise UserError(f"{what}; use the recipe small, or finetune with --init FILE.", code=2)
 
 
 def describe(recipe, args, world_size, num_images):
@@ -996,6 +978,8 @@ def print_header(recipe, args, checkpoint, model, train_set, val_set, device):
         f"Device    {device}, torch {torch.__version__}, seed {args.seed}, {args.workers} loading "
         f"processes; everything goes to {args.out}"
     )
+    if args.iterations and args.iterations < recipe.iterations:
+        print(f"Stops     after {args.iterations:,} iterations")
     if checkpoint:
         print(f"Resumes   {checkpoint['path']}, after iteration {checkpoint['iteration']:,}")
         then = checkpoint["world_size"], checkpoint["num_images"]
@@ -1040,14 +1024,14 @@ def run(arguments):
     check(recipe, args)  # again, with the numbers of this batch
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in fc layers, too
-    given = {"name": args.recipe, "seed": args.seed, "stop": args.iterations}
-    given["init"] = Path(args.init).name
-    compare_processes(**dataclasses.asdict(recipe) | given)
     train_set, val_set = make_datasets(recipe, args)
     lock = evaluate.lock_folder(args.out) if rank == 0 else contextlib.nullcontext()
     with lock:
         checkpoint = find_checkpoint(recipe, args, train_set)
         compare_processes(
+            **dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed},
+            init=Path(args.init).name,
+            stop=args.iterations,
             classes=train_set.classes,
             images=hash(tuple(train_set.image_ids)),
             checkpoint=checkpoint["iteration"] if checkpoint else 0,

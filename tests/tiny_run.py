@@ -99,7 +99,7 @@ class Fault:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def at_step(self):
-        learning_rate, training_loader = train.learning_rate, train.data.training_loader
+        learning_rate, make_loader = train.learning_rate, train.make_loader
 
         def at(iteration, recipe):
             if self.started and iteration == self.count:  # the header asks for rates, too
@@ -107,12 +107,12 @@ class Fault:
                 self.strike()
             return learning_rate(iteration, recipe)
 
-        def starting(*arguments, **named):
+        def starting(*arguments):
             self.started = True
-            return training_loader(*arguments, **named)
+            return make_loader(*arguments)
 
         train.learning_rate = at
-        train.data.training_loader = starting
+        train.make_loader = starting
 
     def in_log(self):
         def write(log, record):

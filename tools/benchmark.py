@@ -96,8 +96,8 @@ def ours(args):
     """This project, as train.py and evaluate.py use it."""
     model = scaled_model(args)
     model.data_settings |= {"min_size": args.sizes[0], "max_size": args.sizes[1]}
-    train.place(model, args.device)
     recipe = replace(train.RECIPES["r50-gn"], learning_rate=RATE)
+    train.place(model, recipe, args.device)
 
     def detect(image, height, width):
         found = evaluate.detect(model, image, (height, width))
