@@ -422,6 +422,15 @@ def test_signals_that_are_ignored_stay_ignored(command, whole_run, monkeypatch):
     assert_same_weights(command.folder / "nohup", whole_run[0])
 
 
+@pytest.mark.parametrize("batch", [2, 16, 22, 26])  # 22 and 26: numbers of iterations are rounded
+def test_milestones_are_where_shorter_schedules_leave_the_trunk(batch):
+    recipe = RECIPES["r50-gn"]
+    trunk = train.scale_to_batch(recipe, batch)
+    for n in range(1, 6):
+        shorter = train.scale_to_batch(replace(recipe, iterations=n * 90_000), batch)
+        assert shorter.drops[0] in train.milestones(trunk)
+
+
 def test_a_shorter_schedule_branches_off_the_trunk(command, monkeypatch, capsys):
     """--from gives the weights that a run of that schedule from the start gives, to the bit."""
     monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], one_x=1, eval_every=100))
