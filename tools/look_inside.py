@@ -3,8 +3,8 @@
   python tools/look_inside.py --weights runs/toy/checkpoint_0001250.pth --data toy_coco \\
       --image toy_coco/val2017/000000500005.jpg --out inside
 
-Writes a picture of every step and index.md, which shows them in order. With --data, the data set
-that the image is from, it also shows which anchors are positive and which are drawn for training.
+Writes a picture of every step, and index.md, which shows them in order. Any image will do. --data
+is only for an image of a data set: with its objects, the anchors used in training are drawn too.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modu
 import data
 import evaluate
 import model as detector
-from tools.panels import WIDTH, draw, grid, heat, titled, to_picture
+from tools.panels import draw, grid, heat, titled, to_picture
 
 COLORS = ["#e6194b", "#f58231", "#2a9d3c", "#4363d8", "#911eb4", "#008b8b", "#9a6324", "#f032e6"]
 RED, ORANGE, GREEN, BLUE = COLORS[:4]
@@ -33,7 +33,8 @@ def run(model, image, target):
     s.batch, s.sizes = model.batch([image])
     s.levels = model.features(s.batch)
     s.names = [f"P{i + 2}" for i in range(5)] if model.fpn else ["conv5_3"]
-    s.map_size = (WIDTH, round(WIDTH * s.batch.shape[2] / s.batch.shape[3]))
+    width = min(480, 1000 // len(s.levels) - 8)  # of a level's panel: all levels in one row
+    s.map_size = (width, round(width * s.batch.shape[2] / s.batch.shape[3]))
     s.objectness, s.deltas, s.anchors = model.rpn(s.levels)
     boxes, valid = model.rpn.proposals(s.objectness, s.deltas, s.anchors, s.sizes)
     s.proposals = boxes[0][valid[0]]  # [P, 4]
@@ -63,39 +64,43 @@ def centres(boxes):
 
 
 def network_input(s):
-    """The image minus the mean, divided by the standard deviation, and padded with zeros (here in
-    the colour of the mean) on the right and at the bottom to multiples of 32."""
+    """The image minus the mean, divided by the standard deviation. Zeros (here in the mean's grey)
+    are padded to the right of and below the red frame, up to multiples of 32."""
     shown = (255 * (s.batch[0] * s.model.image_std + s.model.image_mean)).round().clamp(0, 255)
-    (h, w), (_, padded_h, padded_w) = s.sizes[0], shown.shape
-    picture = to_picture(shown.byte()).resize((480, round(480 * padded_h / padded_w)))
-    return [titled(picture, f"{w} x {h} pixels, padded to {padded_w} x {padded_h}")]
+    (h, w), (padded_h, padded_w) = s.sizes[0], shown.shape[1:]
+    frame = torch.tensor([[0, 0, w, h]]), RED
+    title = f"{h} x {w} pixels, padded to {padded_h} x {padded_w}"
+    return [draw(shown.byte(), title, frame, width=480, faded=False)]
 
 
 def features(s):
-    """The norm over the channels at each position of each level. Fine levels respond to edges and
-    small objects, coarse levels to large ones."""
-    sizes = [
-        f"{name}: {level.shape[3]} x {level.shape[2]}" for name, level in zip(s.names, s.levels)
+    """The norm over the channels at each position of each level, each level with its own scale:
+    dark is its least value, yellow its largest."""
+    return [
+        heat(level[0].norm(dim=0), f"{name}: {level.shape[2]} x {level.shape[3]}", s.map_size)
+        for name, level in zip(s.names, s.levels)
     ]
-    return [heat(level[0].norm(dim=0), t, s.map_size) for t, level in zip(sizes, s.levels)]
 
 
 def anchors(s):
     """Every position of a level (dots) has anchors of the same sizes and shapes. Drawn are those of
-    a position in the middle."""
-    panels = []
-    for name, level, color in zip(s.names, s.anchors, COLORS):
-        away = (centres(level) - torch.tensor(s.sizes[0]).flip(0) / 2).norm(dim=1)
-        middle = level[(centres(level) == centres(level)[away.argmin()]).all(dim=1)]
-        layers = (centres(level).unique(dim=0), color), (middle, color)
-        panels.append(draw(s.image, f"{name}: {len(level):,} anchors", *layers, margin=0.5))
+    one position near the middle."""
+    panels, size = [], torch.tensor(s.sizes[0]).flip(0)
+    for name, level, boxes, color in zip(s.names, s.levels, s.anchors, COLORS):
+        h, w = level.shape[2:]
+        boxes = boxes.view(h * w, -1, 4)  # [positions, anchors, 4]
+        middle = boxes[h // 2 * w + w // 2]
+        outside = max(-middle.min(), (middle[:, 2:] - size).max())
+        look = {"width": s.map_size[0], "margin": max(0, float(outside / size[0])) + 0.02}
+        layers = (centres(boxes[:, 0]), color), (middle, color)
+        panels.append(draw(s.image, f"{name}: {h} x {w} x {len(middle)} anchors", *layers, **look))
     return panels
 
 
 def training(s):
-    """In training, an anchor is positive if its IoU with an object (black) is at least 0.7 or if no
-    other anchor's is larger; negative if it is below 0.3 with all objects; and not used otherwise.
-    The RPN learns from 256 of them, at most half of them positive, drawn at random."""
+    """An anchor is positive if its IoU with an object (black) is at least 0.7, or the highest that
+    any anchor has with that object; negative if its IoU is below 0.3 with all objects; and not used
+    otherwise. The RPN is trained on 256 of them, drawn at random, at most half of them positive."""
     if s.target is None:
         return []
     every = torch.cat(s.anchors)
@@ -105,45 +110,42 @@ def training(s):
     [index], [valid] = detector.sample(labels[None], *numbers, seeds)
     drawn, objects = index[valid], (s.target["boxes"], "black")
     positive, negative = drawn[labels[drawn] == 1], drawn[labels[drawn] == 0]
+    unused, (n, p) = every[labels == -1], ((labels == i).sum() for i in (0, 1))
     panels = {
-        f"positive: {(labels == 1).sum():,}": (every[labels == 1], GREEN),
-        f"not used: {(labels == -1).sum():,} (centres)": (centres(every[labels == -1]), ORANGE),
-        f"drawn: {len(positive)} positive": (every[positive], GREEN),
-        f"drawn: {len(negative)} of {(labels == 0).sum():,} negative": (every[negative], BLUE),
+        f"positive: {len(positive)} of {p:,} drawn": (every[positive], GREEN),
+        f"negative: {len(negative)} of {n:,} drawn (centres)": (centres(every[negative]), BLUE),
+        f"not used: {len(unused):,} (centres)": (centres(unused), ORANGE),
     }
     return [draw(s.image, t, objects, layer, margin=0.1) for t, layer in panels.items()]
 
 
 def objectness(s):
-    """How sure the RPN is of an object at each position: the sigmoid of the best anchor there, dark
-    for 0 and yellow for 1. Each level answers for objects of its own size."""
-    panels = []
-    for name, level, logits in zip(s.names, s.levels, s.objectness):
-        best = logits.view(*level.shape[2:], -1).max(dim=2).values.sigmoid()
-        panels.append(heat(best, f"{name}: at most {best.max():.2f}", s.map_size, most=1))
-    return panels
+    """How sure the RPN is of an object at each position: the sigmoid of the best anchor's logit
+    there, dark for 0 and yellow for 1."""
+    logits = [x.view(*level.shape[2:], -1) for x, level in zip(s.objectness, s.levels)]
+    best = {name: x.amax(dim=2).sigmoid() for name, x in zip(s.names, logits)}
+    return [heat(x, f"{n}: maximum {x.max():.2f}", s.map_size, most=1) for n, x in best.items()]
 
 
 def proposals(s):
-    """The RPN moves and resizes its anchors. NMS then keeps the best box, drops all boxes of its
-    level that overlap it by more than 0.7, goes on with the best of the rest, and so on."""
-    index = torch.cat(s.objectness, dim=1)[0].topk(40).indices
+    """The RPN moves and resizes its anchors. Within each level, NMS then goes from the best box to
+    the worst, and removes a box if its IoU with a box that it has kept is above 0.7."""
+    logits, index = torch.cat(s.objectness, dim=1)[0].topk(40)
     best, deltas = torch.cat(s.anchors)[index], torch.cat(s.deltas, dim=1)[0, index]
-    decoded = detector.decode_boxes(deltas, best)
-    return [
-        draw(s.image, "the 40 best anchors", (best, BLUE)),
-        draw(s.image, "the boxes that they become", (decoded, BLUE)),
-        draw(s.image, f"the 40 best of {len(s.proposals)} after NMS", (s.proposals[:40], BLUE)),
-    ]
+    only = [level.masked_fill(level < logits[-1], -torch.inf) for level in s.objectness]
+    [kept], [valid] = s.model.rpn.proposals(only, s.deltas, s.anchors, s.sizes)
+    titles = "the 40 best anchors", "the boxes they become", f"the {valid.sum()} that NMS keeps"
+    boxes = best, detector.decode_boxes(deltas, best), kept[valid]
+    return [draw(s.image, t, (b, BLUE), margin=0.1) for t, b in zip(titles, boxes)]
 
 
 def roi_levels(s):
     """Each proposal is now an RoI, pooled from one level: a small one from a fine level, a large
-    one from a coarse level. Drawn are the 40 best of each level."""
+    one from a coarse level. Drawn are at most 40 of each level, the best ones."""
     levels = detector.roi_levels(s.proposals, s.model.backbone.strides)
     on_level = [s.proposals[levels == i] for i in range(len(s.model.backbone.strides))]
     return [
-        draw(s.image, f"{name}: {len(boxes)} RoIs", (boxes[:40], color))
+        draw(s.image, f"{name}: {len(boxes[:40])} of {len(boxes)} RoIs", (boxes[:40], color))
         for name, boxes, color in zip(s.names, on_level, COLORS)
         if len(boxes)
     ]
@@ -163,30 +165,31 @@ def sampling_points(box, bins, ratio, stride):
 
 def roi_align(s):
     """RoIAlign of the best detection's RoI: the value of each of 7 x 7 bins (green) is the mean of
-    the level at the red points. Each is interpolated between the four nearest pixels of the level,
-    whose centres are black; nothing is rounded."""
+    the level at the red points of the bin. Each is interpolated between the four nearest pixels of
+    the level, whose centres are black. The blue square has the four of one point in its corners."""
     box, bins = s.proposals[s.origin[0] if len(s.origin) else 0], s.c.box_roi_size
-    stride = s.model.backbone.strides[detector.roi_levels(box, s.model.backbone.strides)]
+    level = int(detector.roi_levels(box, s.model.backbone.strides))
+    stride = s.model.backbone.strides[level]
     points, (nx, ny) = sampling_points(box, bins, s.c.roi_sampling_ratio, stride)
-    corners = lattice(box[:2], (box[2:] - box[:2]) / bins, (bins, bins))
-    squares = torch.cat([corners, corners + (box[2:] - box[:2]) / bins], dim=1)
-    low = (box[:2] - 1.5 * stride).clamp(min=0).long()
-    high = (box[2:] + 1.5 * stride).ceil().long()
+    side, point = (box[2:] - box[:2]) / bins, points[len(points) // 2]
+    corners = lattice(box[:2], side, (bins, bins))
+    pixels = lattice([stride / 2] * 2, [stride] * 2, s.levels[level].shape[:1:-1])
+    nearest = ((point / stride - 0.5).floor() + 0.5) * stride
+    low, high = (box[:2] - 1.5 * stride).clamp(min=0).int(), (box[2:] + 1.5 * stride).int()
+    layers = {
+        "black": pixels - low,
+        GREEN: torch.cat([corners, corners + side], dim=1) - low.repeat(2),
+        BLUE: torch.cat([nearest, nearest + stride])[None] - low.repeat(2),
+        RED: points - low,
+    }
     crop = s.image[:, low[1] : high[1], low[0] : high[0]]
-    counts = [s.batch.shape[3] // stride, s.batch.shape[2] // stride]
-    pixels = lattice((stride / 2, stride / 2), (stride, stride), counts)
-    layers = (
-        (pixels - low, "black"),
-        (squares - low.repeat(2), GREEN),
-        (points - low, RED),
-    )
-    return [draw(crop, f"{nx} x {ny} points a bin, stride {stride}", *layers, width=480)]
+    title = f"{s.names[level]}, stride {stride}: {ny} x {nx} points in each bin"
+    return [draw(crop, title, *((x, color) for color, x in layers.items()), width=480)]
 
 
 def refinement(s):
-    """The box head moves each RoI (black) to its object. Drawn are the RoIs that became the best
-    detections; arrows lead from centre to centre. Each stage of a cascade starts from the boxes of
-    the stage before."""
+    """The box head moves and resizes each RoI (black; here those of the best detections). Arrows
+    lead from centre to centre. Stages of a cascade start from the previous stage's boxes."""
     if len(s.boxes) == 0:
         return []
     rois, panels = detector.to_rois([s.proposals[s.origin]]), []
@@ -196,40 +199,36 @@ def refinement(s):
         boxes = boxes[torch.arange(len(rois)), s.labels - 1]
         moves = torch.stack([centres(rois[:, 1:]), centres(boxes)], dim=1)
         layers = (rois[:, 1:], "black"), (boxes, COLORS), (moves, COLORS)
-        panels.append(draw(s.image, f"stage {stage + 1}", *layers, width=480))
+        title = f"stage {stage + 1}" if s.c.cascade else f"{len(rois)} RoIs and their boxes"
+        panels.append(draw(s.image, title, *layers, width=480))
         rois = torch.cat([rois[:, :1], boxes], dim=1)
     return panels
 
 
 def scores(s):
-    """Every RoI has a score and a box for each class. Those with a score of at most 0.05 are
-    dropped; then NMS drops what overlaps a better box of the same class by more than 0.5."""
-    boxes = s.refined.expand(-1, s.c.num_classes, -1)
-    color = [COLORS[label % len(COLORS)] for label in range(s.c.num_classes)]
-    every = s.scores[:, 1:].argmax(dim=1)
-    roi, above = (s.scores[:, 1:] > s.c.box_score_thresh).nonzero(as_tuple=True)
-    kept = s.found["labels"] - 1
+    """Every RoI has a score and a box for each class (colours). Scores of 0.05 or less are dropped.
+    NMS then removes a box if its IoU with a kept box of its class is above 0.5."""
+    scores, found = s.scores[:, 1:], s.found
+    roi, label = (scores > s.c.box_score_thresh).nonzero(as_tuple=True)
+    above, sure = s.refined.expand(-1, s.c.num_classes, -1)[roi, label], found["scores"] >= 0.5
     panels = {
-        f"{len(every)} RoIs, each in its best class": (
-            boxes[torch.arange(len(every)), every],
-            every,
-        ),
-        f"{len(roi)} above the threshold": (boxes[roi, above], above),
-        f"{len(kept)} after NMS": (s.found["boxes"], kept),
+        f"{len(roi)} of {scores.numel():,} scores > {s.c.box_score_thresh}": (above, label + 1),
+        f"{len(sure)} after NMS": (found["boxes"], found["labels"]),
+        f"{sure.sum()} with scores >= 0.5": (found["boxes"][sure], found["labels"][sure]),
     }
-    return [draw(s.image, t, (b, [color[i] for i in c])) for t, (b, c) in panels.items()]
+    return [draw(s.image, t, (b, [COLORS[i % 8] for i in c])) for t, (b, c) in panels.items()]
 
 
 def masks(s):
-    """The mask head gives 28 x 28 probabilities for each detection, which are resized to its box,
-    pasted, and cut at one half."""
+    """The mask head predicts 28 x 28 probabilities for each detection (here the five best). They
+    are resized to its box and pasted into the image where they are 0.5 or more."""
     if "masks" not in s.found or len(s.boxes) == 0:
         return []
     boxes, maps = s.boxes[:5], s.found["masks"][:5]
     names = [evaluate.class_name(label, s.classes) for label in s.labels]
     pasted = evaluate.paste_masks(maps, boxes, *s.sizes[0])
-    panels = [heat(m, f"{name}, in its box", most=1) for m, name in zip(maps, names)]
-    return [*panels, draw(s.image, "pasted", (pasted, COLORS), (boxes, "black"))]
+    panels = [heat(m, f"{name}: {len(m)} x {len(m)}", most=1) for m, name in zip(maps, names)]
+    return [*panels, draw(s.image, "pasted into the image", (pasted, COLORS), (boxes, "black"))]
 
 
 def keypoints(s):
@@ -246,8 +245,8 @@ def keypoints(s):
 
 
 def detections(s):
-    """What is left, with its class and its score."""
-    return [titled(to_picture(evaluate.draw(s.image, s.found, s.classes)), "scores from 0.5")]
+    """The detections with a score of 0.5 or more."""
+    return [titled(to_picture(evaluate.draw(s.image, s.found, s.classes)), "scores >= 0.5")]
 
 
 STEPS = (
@@ -273,9 +272,9 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", required=True, help="a checkpoint")
-    parser.add_argument("--image", required=True, type=Path)
-    parser.add_argument("--data", help="the data set that the image is from, with its objects")
-    parser.add_argument("--out", required=True, type=Path, help="a folder, which is made")
+    parser.add_argument("--image", required=True, type=Path, help="any image file")
+    parser.add_argument("--data", help="data set that has the image, to show its training targets")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the pictures")
     args = parser.parse_args(arguments)
     model = detector.load_model(args.weights)
     image = data.read_image(args.image)

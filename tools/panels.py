@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 WIDTH = 320  # of a panel, in pixels
 
 
-def draw(image, caption, *layers, width=WIDTH, margin=0.0):
-    """A panel: an image [3, h, w] in pale grey, and on it layers in the image's coordinates.
+def draw(image, caption, *layers, width=WIDTH, margin=0.0, faded=True):
+    """A panel: an image [3, h, w], faded to grey, and layers on it in the image's coordinates.
 
     A layer is a pair of a tensor and a colour, or a list of colours: boxes [N, 4], points [N, 2],
     arrows [N, 2, 2] from their first point to their second, or masks [N, h, w] bool. `margin`
@@ -17,7 +17,8 @@ def draw(image, caption, *layers, width=WIDTH, margin=0.0):
     border = round(margin * image.shape[2] * scale)
     size = (width - 2 * border, round(image.shape[1] * scale))
     picture = to_picture(image).resize(size, Image.BICUBIC)
-    picture = ImageOps.posterize(ImageOps.grayscale(picture).point(lambda v: 110 + v // 2), 5)
+    if faded:
+        picture = ImageOps.posterize(ImageOps.grayscale(picture).point(lambda v: 110 + v // 2), 5)
     picture = ImageOps.expand(picture.convert("RGB"), border, "white")
     pen = ImageDraw.Draw(picture)
     for shapes, colors in layers:
@@ -25,8 +26,7 @@ def draw(image, caption, *layers, width=WIDTH, margin=0.0):
         placed = shapes if shapes.dtype == torch.bool else shapes * scale + border
         for shape, color in reversed(list(zip(placed, colors))):
             if shapes.dtype == torch.bool:
-                mask = Image.fromarray(shape.numpy()).resize(size)
-                pen.bitmap((border, border), mask, color)
+                pen.bitmap((border, border), Image.fromarray(shape.numpy()).resize(size), color)
             elif shape.dim() == 2:
                 draw_arrow(pen, *shape, color)
             elif len(shape) == 4:
