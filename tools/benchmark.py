@@ -603,17 +603,15 @@ def parse_arguments(arguments):
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="in COCO's layout; train2017 of it is read")
+    add("--data", required=True, metavar="DIR", help="data set, COCO layout; reads train2017")
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    add("--parts", nargs="+", choices=TASKS, default=TASKS, help="some of the above (all)")
-    add("--batch", type=int, nargs="+", help="images of a train step (2; on CUDA 2 8)")
+    add("--parts", nargs="+", choices=TASKS, default=TASKS, help="which measurements (all)")
+    add("--batch", type=int, nargs="+", help="images in a train step (2; on CUDA 2 8)")
     add("--precision", nargs="+", choices=("fp32", "tf32", "amp"), help="(fp32; on CUDA all)")
-    add("--compile", action="store_true", help="a row with our parts compiled as well")
-    add("--repeats", type=int, help="rounds (5; quick: 1)")
-    add("--size", type=int, help="shorter side; the longer is at most 1333/800 of it (800)")
-    add(
-        "--default-malloc", action="store_true", help="glibc's own settings for all sides, not ours"
-    )
+    add("--compile", action="store_true", help="add a row with our parts compiled")
+    add("--repeats", type=int, help="measured rounds (5; with --quick 1)")
+    add("--size", type=int, help="shorter side; longer side at most 1333/800 of it (800)")
+    add("--default-malloc", action="store_true", help="glibc's own settings for all sides")
     add("--quick", action="store_true", help="narrow networks, few images, 128 pixels")
     add("--worker", nargs=3, help=argparse.SUPPRESS)  # see memory_row
     args = parser.parse_args(arguments)

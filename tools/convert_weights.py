@@ -326,14 +326,14 @@ def main(arguments=None):
     add = parser.add_argument
     add("source", metavar="IN", help="the file to convert")
     add("target", metavar="OUT", help="the file to write")
-    add("--to-detectron2", action="store_true", help="from a checkpoint of this project")
+    add("--to-detectron2", action="store_true", help="convert a checkpoint of this project")
     rgb = {"nargs": 3, "type": float, "metavar": ("R", "G", "B")}
     add("--image-mean", **rgb, help="for images in [0, 1], such as 0.485 0.456 0.406")
     add("--image-std", **rgb, help="for images in [0, 1], such as 0.229 0.224 0.225")
     stride = {"choices": (False, True), "metavar": "{0,1}", "type": lambda text: bool(int(text))}
-    add("--stride-in-1x1", **stride, help="1: the stride is on the first 1x1")
-    add("--roi-sampling-ratio", type=int, metavar="N", help="RoIAlign's; 0: adaptive")
-    add("--norm", choices=("gn", "syncbn", "bn", "frozen_bn"), help="what its norm becomes")
+    add("--stride-in-1x1", **stride, help="1: bottlenecks have their stride on the 1x1")
+    add("--roi-sampling-ratio", type=int, metavar="N", help="of RoIAlign; 0: adaptive")
+    add("--norm", choices=("gn", "syncbn", "bn", "frozen_bn"), help="norm of the result")
     given = vars(parser.parse_args(arguments))
     source, target = given.pop("source"), given.pop("target")
     if os.path.realpath(source) == os.path.realpath(target):

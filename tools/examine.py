@@ -281,8 +281,8 @@ def main(arguments=None):
     )
     add = parser.add_argument
     add("root", metavar="DIR", help="the folder with annotations/, train2017/, val2017/")
-    add("--train-split", default="train2017", help="train2017 by default")
-    add("--val-split", default="val2017", help="val2017 by default")
+    add("--train-split", default="train2017", help="(train2017)")
+    add("--val-split", default="val2017", help="(val2017)")
     add("--min-size", type=int, default=800, help="shorter side of training images (800)")
     add("--max-size", type=int, default=1333, help="longest side of training images (1333)")
     add("--workers", type=int, default=2, help="processes that decode images (2)")

@@ -192,7 +192,7 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(shared.CASES)}")
-    parser.add_argument("--out", type=Path, default="tests", help="the folder (tests)")
+    parser.add_argument("--out", type=Path, default="tests", help="output folder (tests)")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     images = shared.golden_images()

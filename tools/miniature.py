@@ -142,10 +142,10 @@ def main(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/miniature"), help="(runs/miniature)")
-    add("--jobs", type=int, default=1, help="runs at a time, of one thread each (1)")
-    add("--only", default="", help="only runs whose name has this in it")
-    add("--seeds", type=int, nargs="+", default=SEEDS, help="(0 1 2)")
+    add("--out", type=Path, default=Path("runs/miniature"), help="output folder (runs/miniature)")
+    add("--jobs", type=int, default=1, help="simultaneous runs, one thread each (1)")
+    add("--only", default="", help="only runs whose name contains this")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="random seeds (0 1 2)")
     add("--table", action="store_true", help="only print the table")
     args = parser.parse_args(arguments)
     if not args.table:

@@ -4,7 +4,7 @@
 
 The same narrow architecture, built of torchvision's own parts, is trained on the same batches of
 the generated images for the same iterations at the same rates, and evaluated by pycocotools on the
-same split. It takes about as long as `python train.py`. docs/measured.md has its AP beside ours.
+same split. It takes about as long as `python train.py`. docs/miniature.md has its AP beside ours.
 """
 
 import argparse
@@ -138,9 +138,9 @@ def run(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="toy_coco", help="(toy_coco)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument("--iterations", type=int, help="of the recipe, if not 1250")
+    parser.add_argument("--data", default="toy_coco", help="data set (toy_coco)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
+    parser.add_argument("--iterations", type=int, help="length of the run (1250)")
     args = parser.parse_args(arguments)
     recipe = train.RECIPES["toy"]
     recipe = replace(recipe, iterations=args.iterations or recipe.iterations)

@@ -3,12 +3,14 @@
   python tools/plot.py RUN [RUN ...] [--out curves.png]
 
 RUN is a folder that train.py has written to (or its log.jsonl). The figure has the paper's Figures
-1, 3, 4 and 7 on the left (AP of boxes solid, of masks dashed, of keypoints dotted) and Figure 8 on
-the right (loss, as a running mean over a fiftieth of the run). It needs matplotlib.
+1, 3, 4 and 7 on the left (box AP; mask and keypoint AP paler) and Figure 8 on the right (loss, as a
+running mean over a fiftieth of the longest run). Runs whose names differ in the schedule only, as
+r50-gn-2x and r50-gn-6x, have one colour; name the trunk of branches first. It needs matplotlib.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,12 +21,13 @@ import evaluate
 from data import UserError
 
 FORMATS = (".png", ".svg", ".pdf")
-STYLES = {
-    ("bbox", "AP"): "-",
-    ("segm", "AP"): "--",
-    ("keypoints", "AP"): ":",
-    ("voc", "mAP50"): "-",
+OPACITIES = {
+    ("bbox", "AP"): 1.0,
+    ("segm", "AP"): 0.4,
+    ("keypoints", "AP"): 0.4,
+    ("voc", "mAP50"): 1.0,
 }
+LINES = ("-", "--", ":", "-.")  # of the runs of one colour
 
 
 def is_record(record):
@@ -32,7 +35,7 @@ def is_record(record):
     if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
         return False
     values = [record.get("loss")]
-    for kind, name in STYLES:
+    for kind, name in OPACITIES:
         metrics = record.get(kind, {})
         if not isinstance(metrics, dict):
             return False
@@ -55,10 +58,7 @@ def read_log(run):
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except (
-            ValueError,
-            RecursionError,
-        ):  # of a run that was killed, the last may be half a line
+        except (ValueError, RecursionError):  # the last line of a killed run may be half a line
             record = None
         if is_record(record):
             records.append(record)
@@ -71,12 +71,13 @@ def read_log(run):
     return records
 
 
-def smooth(values, window):
-    """Running mean of a list over up to `window` values that end at each."""
-    sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+def smooth(points, window):
+    """Running mean of (iteration, value) pairs, each over the `window` iterations up to it."""
+    iterations, values = np.asarray(points, float).T
+    sums = np.cumsum(np.insert(values, 0, 0))
+    ends = np.arange(1, len(points) + 1)
+    starts = np.searchsorted(iterations, iterations - window, side="right").clip(max=ends - 1)
+    return list(zip(iterations, (sums[ends] - sums[starts]) / (ends - starts)))
 
 
 def plot(runs, output):
@@ -94,20 +95,30 @@ def plot(runs, output):
         raise ImportError("Curves need matplotlib: pip install matplotlib.") from None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, (run, records) in enumerate(zip(runs, logs)):
-        color = f"C{number}"
-        name = Path(run).resolve().name
-        for (kind, metric), style in STYLES.items():
+    window = max(records[-1]["iteration"] for records in logs) / 50
+    names = [Path(run).resolve().name for run in runs]
+    groups = [re.sub(r"-\d+x(?=-|$)", "", name) for name in names]
+    colors = {group: f"C{i}" for i, group in enumerate(dict.fromkeys(groups))}
+    trunks = {}  # the first curve of each colour and metric
+
+    def draw(axes, number, metric, points, **look):
+        """A curve of a run. A branch starts at its trunk's last point before the branch's log."""
+        start, group = logs[number][0]["iteration"], groups[number]
+        trunk = trunks.setdefault((group, metric), points)
+        points = [point for point in trunk if point[0] < start][-1:] + points
+        style = LINES[groups[:number].count(group) % len(LINES)]
+        axes.plot(*zip(*points), style, color=colors[group], **look)
+
+    for number, (name, records) in enumerate(zip(names, logs)):
+        for (kind, metric), alpha in OPACITIES.items():
             points = [(r["iteration"], r[kind].get(metric)) for r in records if kind in r]
             points = [point for point in points if point[1] is not None]
             if points:
-                label = f"{name}, {kind}"
-                left.plot(*zip(*points), style, color=color, marker=".", label=label)
+                label = f"{name}, {kind}" if alpha == 1 or number == 0 else None
+                draw(left, number, kind, points, alpha=alpha, marker=".", label=label)
         steps = [(r["iteration"], r["loss"]) for r in records if r.get("loss") is not None]
         if steps:
-            iterations, losses = zip(*steps)
-            losses = smooth(losses, max(1, len(losses) // 50))
-            right.plot(iterations, losses, color=color, label=name)
+            draw(right, number, "loss", smooth(steps, window), label=name)
     left.set_ylabel("validation AP")
     right.set_ylabel("training loss")
     for axes in (left, right):

@@ -98,9 +98,9 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", default="runs/toy-pretrain", metavar="DIR", help="(runs/toy-pretrain)")
-    add("--iterations", type=int, default=RECIPE.iterations, metavar="N", help="(600)")
-    add("--seed", type=int, default=0, metavar="N", help="(0)")
+    add("--out", default="runs/toy-pretrain", metavar="DIR", help="folder (runs/toy-pretrain)")
+    add("--iterations", type=int, default=RECIPE.iterations, metavar="N", help="length (600)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add("--workers", type=int, default=2, metavar="N", help="processes that draw shapes (2)")
     add("--device", metavar="D", help="cuda or cpu (cuda if there is one)")
     args = parser.parse_args(arguments)

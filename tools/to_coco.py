@@ -502,9 +502,9 @@ def main(arguments=None):
     add("root", metavar="IN", help="the folder of a data set, or a COCO file")
     add("out", metavar="OUT", help="the folder to make")
     add("--val-share", type=float, help="draw new splits, with this share for validation")
-    add("--seed", type=int, default=0, help="of the drawing (0)")
+    add("--seed", type=int, default=0, help="random seed of the new splits (0)")
     add("--copy", action="store_true", help="copy the images instead of linking them")
-    add("--class-name", default="object", help="what masks show (object)")
+    add("--class-name", default="object", help="class of masks (object)")
     args = parser.parse_args(arguments)
     convert(args.root, args.out, args.val_share, args.seed, args.copy, args.class_name)
 

@@ -370,7 +370,7 @@ def main(arguments=None):
     parser.add_argument("root", metavar="DIR", help="the folder to make")
     parser.add_argument("--train", type=int, default=1000, help="training images (1000)")
     parser.add_argument("--val", type=int, default=160, help="validation images (160)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images (0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     args = parser.parse_args(arguments)
     make_toy_coco(args.root, args.train, args.val, args.seed)
 
