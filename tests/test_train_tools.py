@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def test_curves_of_several_runs(tmp_path, capsys):
         assert plot.main([str(whole), str(killed), "--out", str(tmp_path / name)]) in (None, 0)
         assert (tmp_path / name).stat().st_size > 1000
     assert "whole" in (tmp_path / "curves.svg").read_text()
+
+
+def test_losses_are_smoothed_over_iterations_and_branches_start_at_their_trunk(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = [(10, 1.0), (20, 3.0), (40, 5.0)]
+    assert plot.smooth(points, 20) == [(10, 1.0), (20, 2.0), (40, 5.0)]
+    trunk = write_log(tmp_path / "run-6x", STEP, EVALUATION)
+    later = [line.replace(b'"iteration": ', b'"iteration": 1') for line in (STEP, EVALUATION)]
+    branch = write_log(tmp_path / "run-2x", *later)
+    with mock.patch("matplotlib.axes.Axes.plot") as drawn:
+        plot.plot([trunk, branch], tmp_path / "curves.png")
+    curves = [call.args for call in drawn.call_args_list]
+    assert [(x, line) for x, _, line in curves] == [
+        ((2,), "-"), ((1.0,), "-"), ((2, 12), "--"), ((1.0, 11.0), "--"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
