@@ -17,6 +17,7 @@ S: slots for samples of an image, R: RoIs of all images together, C: channels, K
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pickletools
@@ -46,10 +47,11 @@ def require(condition, message):
 class Config:
     """Every number of the detector. Defaults: the paper's R50-FPN with GN, as Detectron has it.
 
-    Raises ValueError, naming the field, for a value out of range (see RANGES).
+    `build_model` makes it and adds what the names imply: Config(backbone="resnet101") alone has
+    ResNet-50's blocks. Raises ValueError, naming the field, for a value out of range (RANGES).
     """
 
-    backbone: str = "resnet50"  # a name in BACKBONES
+    backbone: str = "resnet50"  # a name in BACKBONES; build_model adds what it changes
     norm: str = "gn"  # "gn", "syncbn", "bn", "frozen_bn", "none" (norms.py)
     num_classes: int = 80  # without background
     masks: bool = True
@@ -85,7 +87,7 @@ class Config:
     # RoI heads
     roi_sampling_ratio: int = 2  # Detectron; 0: as many samples as pixels (Detectron2, Choice 1)
     box_roi_size: int = 7
-    box_head_convs: int = 4  # "4conv1fc" (Sec. 4); without a norm in the heads: 0 conv, 2 fc
+    box_head_convs: int = 4  # "4conv1fc" (Sec. 4); build_model: 0 and 2 fc, if heads have no norm
     box_head_channels: int = 256
     box_head_fcs: int = 1
     box_head_fc_channels: int = 1024
@@ -142,34 +144,34 @@ BACKBONES = {
     },
 }
 
-# The range of a field, or of each number in its tuple. Fields not listed: 0 to 1 for a float, 1 to
-# 20,000 for an int.
-RANGES = {"keypoints": (0, 1000), "freeze_at": (0, 5), "blocks": (1, 100)}
-RANGES |= {"image_std": (0.001, 1), "anchor_sizes": (1, 10_000), "anchor_ratios": (0.01, 100)}
-RANGES |= {"bbox_reg_weights": (0.01, 1000), "roi_sampling_ratio": (0, 16)}
-RANGES |= dict.fromkeys(("box_roi_size", "mask_roi_size", "keypoint_roi_size"), (1, 64))
-RANGES |= dict.fromkeys(("box_head_convs", "box_head_fcs"), (0, 16))
-RANGES |= dict.fromkeys(("mask_head_convs", "keypoint_head_convs"), (0, 16))
+# The range of a field, or of each number in its tuple. Fields that are not listed: 0 to 1 for a
+# float, 1 to 20,000 for an int.
+RANGES = {
+    "image_std": (0.001, 1), "bbox_reg_weights": (0.01, 1000), "blocks": (1, 100),
+    "anchor_sizes": (1, 10_000), "anchor_ratios": (0.01, 100), "freeze_at": (0, 5),
+    "keypoints": (0, 1000), "roi_sampling_ratio": (0, 16), "box_head_fcs": (0, 16),
+    "box_head_convs": (0, 16), "mask_head_convs": (0, 16), "keypoint_head_convs": (0, 16),
+    "box_roi_size": (1, 64), "mask_roi_size": (1, 64), "keypoint_roi_size": (1, 64),
+}  # fmt: skip
 
 
 def check_form(name, value, default):
     """ValueError, naming the field, unless `value` has the default's types, lengths and range.
 
-    A value may come from a file, so this must end quickly whatever it is.
+    A value may come from a file: no more of it is looked at than the form of the default allows.
     """
-    example, values = default, [value]
-    while type(example) is tuple:  # one level of tuples after the other
-        length = (1, 20) if "anchor" in name else (len(example), len(example))
-        is_right = all(type(v) is tuple and length[0] <= len(v) <= length[1] for v in values)
+    if type(default) is tuple:
+        lengths = range(1, 21) if "anchor" in name else [len(default)]
+        is_right = type(value) is tuple and len(value) in lengths
         require(is_right, f"{name} must be of the form {default}.")
-        example, values = example[0], [inner for v in values for inner in v]
-    kind = type(example)
-    low, high = RANGES.get(name, (0, 1) if kind is float else (1, 20_000))
-    kinds = (int, float) if kind is float else (kind,)
-    require(all(type(v) in kinds for v in values), f"{name} must be of the form {default!r}.")
-    if kind in (int, float):
-        is_right = all(low <= v <= high for v in values)
-        require(is_right, f"{name} must be from {low} to {high}.")
+        for part in value:
+            check_form(name, part, default[0])
+        return
+    kinds = (int, float) if type(default) is float else (type(default),)
+    require(type(value) in kinds, f"{name} must be of the form {default!r}.")
+    if type(default) in (int, float):
+        low, high = RANGES.get(name, (0, 1) if type(default) is float else (1, 20_000))
+        require(low <= value <= high, f"{name} must be from {low:,} to {high:,}.")
 
 
 # -- Boxes: overlap, coding, clipping, suppression -------------------------------------------------
@@ -234,6 +236,19 @@ def image_limits(sizes, device):
     return limits[:, None].to(device, non_blocking=True)
 
 
+def take(x, index):
+    """Rows of x [B, N, ...] at index [B, S]: [B, S, ...]."""
+    for _ in range(x.dim() - 2):
+        index = index[..., None]
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+
+
+def to_lists(*tensors):
+    """Integer or bool tensors [n] as lists, for which the host waits for the device only once."""
+    numbers = iter(torch.cat(tensors).tolist())
+    return [list(itertools.islice(numbers, len(tensor))) for tensor in tensors]
+
+
 def nms(boxes, scores, groups, threshold, most):
     """Non-maximum suppression: the up to `most` best boxes of each image that survive it.
 
@@ -242,28 +257,28 @@ def nms(boxes, scores, groups, threshold, most):
     [B, N] int64. Returns index [B, min(most, N)] into N, best first, which of them are valid
     [B, min(most, N)], and how many are, as a list.
     """
+    n = scores.shape[1]
     sorted_scores, order = scores.sort(dim=1, descending=True, stable=True)
     boxes, groups, candidate = take(boxes, order), take(groups, order), sorted_scores > -math.inf
-    # No box depends on a worse one, and on COCO the first 1,000 survivors lie among the best 1,100
-    # to 2,500 boxes: so the others are looked at only where too few survive.
-    n = scores.shape[1]
-    best = n if n <= 4 * most else max(3 * most, 1000)
-    best = min(best, n)
+    # 1) The best boxes alone: none of them depends on a worse one, and they nearly always hold
+    #    enough survivors (on COCO, 1,000 survivors are among the best 1,100 to 2,500).
+    first = min(n, max(3 * most, 1000))
     suppress = nms_in_rounds if boxes.is_cuda else nms_one_by_one
-    keep, settled = suppress(boxes[:, :best], groups[:, :best], candidate[:, :best], threshold)
-    numbers = torch.stack([keep.sum(dim=1), candidate[:, best - 1], settled.expand(len(keep))])
-    counts, more, settled = numbers.tolist()  # waits for the device
-    too_few = best < n and any(c < most and m for c, m in zip(counts, more))
-    if too_few or not settled[0]:
+    keep, settled = suppress(boxes[:, :first], groups[:, :first], candidate[:, :first], threshold)
+    counts, more, settled = to_lists(keep.sum(dim=1), candidate[:, first - 1], settled)
+    # 2) All boxes, where that was not enough, or took too many rounds.
+    too_few = first < n and any(c < most and others for c, others in zip(counts, more))
+    if too_few or not all(settled):
         keep, _ = nms_one_by_one(boxes, groups, candidate, threshold)
         counts = keep.sum(dim=1).tolist()
+    # 3) The best survivors, by their places in the boxes as they were given.
     keep = torch.zeros_like(candidate).scatter(1, order[:, : keep.shape[1]], keep)
     kept_scores, index = scores.masked_fill(~keep, -math.inf).topk(min(most, n))
     return index, kept_scores > -math.inf, [min(count, most) for count in counts]
 
 
 def nms_one_by_one(boxes, groups, candidate, threshold):
-    """Sorted boxes [B, N, 4], groups and candidates [B, N] to those kept [B, N] bool, and True."""
+    """Which sorted boxes [B, N, 4] are kept [B, N] bool, and True [B]: every image is settled."""
     keep = torch.zeros_like(candidate)
     ranks = -torch.arange(boxes.shape[1], device=boxes.device, dtype=boxes.dtype)
     for i in range(len(boxes)):
@@ -271,7 +286,7 @@ def nms_one_by_one(boxes, groups, candidate, threshold):
             here = ((groups[i] == group) & candidate[i]).nonzero()[:, 0]
             kept = torchvision.ops.nms(boxes[i, here], ranks[here], threshold)
             keep[i, here[kept]] = True
-    return keep, candidate.new_ones(())
+    return keep, candidate.new_ones(len(boxes))
 
 
 def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
@@ -279,7 +294,7 @@ def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
 
     At first no box is dropped. Each round drops exactly the boxes that an undropped box suppresses,
     until nothing changes. The best box is right from the start, and each round settles at least one
-    more; images of COCO need 3 to 10 rounds. Also returns whether the last round changed nothing.
+    more; images of COCO need 3 to 10 rounds. An image is settled if the last changed nothing.
     """
     same_group = groups[:, :, None] == groups[:, None]
     suppresses = (pairwise_iou(boxes, boxes) > threshold) & same_group
@@ -287,7 +302,7 @@ def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
     before = dropped = torch.zeros_like(candidate)
     for _ in range(rounds):
         before, dropped = dropped, (suppresses > dropped[:, :, None]).any(dim=1)
-    return candidate > dropped, (dropped == before).all()
+    return candidate > dropped, (dropped == before).all(dim=1)
 
 
 # -- Matching and sampling -------------------------------------------------------------------------
@@ -299,6 +314,18 @@ class Truth(NamedTuple):
     boxes: torch.Tensor  # [B, G, 4]
     labels: torch.Tensor  # [B, G] int64
     valid: torch.Tensor  # [B, G] bool; False for padding and for boxes without area
+
+
+class Samples(NamedTuple):
+    """The RoIs that a head is trained on, in order of images."""
+
+    rois: torch.Tensor  # [R, 5]: image, x1, y1, x2, y2
+    labels: torch.Tensor  # [R]; 0 is background
+    matched: torch.Tensor  # [R]: index of the object within its image
+    # None where nobody has counted yet: stages 2 and 3 of a cascade
+    levels: torch.Tensor | None = None  # [R]: see roi_levels
+    level_counts: list | None = None  # of the RoIs on each level
+    image_counts: list | None = None  # of the RoIs in each image
 
 
 def pad_targets(targets, device):
@@ -326,16 +353,19 @@ def match_boxes(truth, boxes, threshold):
     return matched, take(truth.labels, matched).masked_fill_(best < threshold, 0)
 
 
+ANCHOR_SALT, ROI_SALT = 0x632BE5AB, 2 * 0x632BE5AB  # any two numbers: they make two seeds of one
+
+
 def sampling_seeds(targets, device):
     """A seed of 32 bits for the anchors and one for the RoIs of each image: two of [B] int64.
 
-    The seed's route: data.image_seed makes it from the run's seed, the iteration and the image's
-    place in the batch; it travels in the target, whose "seed" this reads (without one, torch's
-    generator is asked); `sample` draws with it.
+    The route (data.py tells it whole): BatchSampler -> TrainingSet -> target["seed"] -> here ->
+    RPN.losses and MaskRCNN.sample_rois -> sample -> random_keys. A target without a seed gets one
+    from torch's generator.
     """
     seeds = [t["seed"] if "seed" in t else int(torch.randint(2**62, ())) for t in targets]
-    salts = (0x632BE5AB, 2 * 0x632BE5AB)  # (any two numbers: they keep the two apart)
-    salted = [[((s ^ (s >> 32)) + salt) & 0xFFFFFFFF for s in seeds] for salt in salts]
+    folded = [seed ^ (seed >> 32) for seed in seeds]  # all 63 bits have a say in the lower 32
+    salted = [[(seed + salt) & 0xFFFFFFFF for seed in folded] for salt in (ANCHOR_SALT, ROI_SALT)]
     return torch.tensor(salted).to(device, non_blocking=True).unbind()
 
 
@@ -348,7 +378,8 @@ def random_keys(seeds, n):
     functions", nullprogram.com) with shifts of 16; 0x9E3779B9 is 2^32 over the golden ratio.
     """
     mask = 0xFFFFFFFF  # the arithmetic is modulo 2^32
-    x = (seeds[:, None] + torch.arange(0, n * 0x9E3779B9, 0x9E3779B9, device=seeds.device)) & mask
+    position = torch.arange(n, device=seeds.device)
+    x = torch.add(seeds[:, None], position, alpha=0x9E3779B9) & mask  # seed + alpha * position
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = ((x ^ (x >> 16)) * multiplier) & mask
     return x ^ (x >> 16)
@@ -374,13 +405,6 @@ def sample(labels, batch_size, positive_fraction, seeds):
     negative_valid = (key >= 0) & (torch.arange(key.shape[1], device=key.device) < room)
     index = torch.cat([positive, negative], dim=1)
     return index, torch.cat([positive_valid, negative_valid], dim=1)
-
-
-def take(x, index):
-    """Rows of x [B, N, ...] at index [B, S]: [B, S, ...]."""
-    for _ in range(x.dim() - 2):
-        index = index[..., None]
-    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 # -- Backbones -------------------------------------------------------------------------------------
@@ -522,7 +546,8 @@ class FPN(nn.Module):
     """res2..res5 to P2..P6, all with `channels` channels (Lin et al., CVPR 2017).
 
     The lateral and the output convolutions are normalized ("gn", "syncbn", "bn"), without ReLU.
-    P6, for the RPN's largest anchors, is every second pixel of the normalized P5.
+    P6, for the RPN's largest anchors, is every second pixel of the normalized P5. The RoI heads do
+    not use it: `MaskRCNN.pool` leaves it out.
     """
 
     def __init__(self, inputs, channels, norm):
@@ -601,8 +626,8 @@ class RPN(nn.Module):
             objectness.append(level_objectness.flatten(1))
             deltas.append(level_deltas.reshape(len(x), -1, 4))
         shapes = tuple(tuple(level.shape[-2:]) for level in features)
-        sizes, ratios = self.config.anchor_sizes, self.config.anchor_ratios
-        anchors = make_anchors(shapes, self.strides, sizes, ratios, features[0].device)
+        c, device = self.config, features[0].device
+        anchors = make_anchors(shapes, self.strides, c.anchor_sizes, c.anchor_ratios, device)
         return objectness, deltas, anchors
 
     @torch.no_grad()
@@ -642,7 +667,7 @@ class RPN(nn.Module):
             batch_size, fraction = c.rpn_batch_size_per_image, c.rpn_positive_fraction
             index, valid = sample(labels, batch_size, fraction, seeds)  # [B, S]
             positive = take(labels, index).eq(1) & valid
-            # Slots that are not positive get their own anchor as target: finite, and then masked.
+            # Other slots get their own anchor as target: a finite error, which the loss leaves out.
             boxes = anchors[index]  # [B, S, 4]
             box_truth = take(truth.boxes, take(matched, index))
             box_truth = torch.where(positive[..., None], box_truth, boxes)
@@ -703,8 +728,9 @@ def multilevel_roi_align(features, strides, rois, size, sampling_ratio, levels=N
     four pixels around a point: nothing is rounded to whole pixels. `aligned`: the value of pixel i
     is that at i + 1/2, its centre, as everywhere in this file.
 
-    levels [R]: each RoI's level; counts: RoIs of each level (None: counted, which waits for the
-    device).
+    levels [R]: the level of each RoI (`roi_levels`); counts: how many RoIs each level has. In
+    training, `MaskRCNN.sample_rois` hands them on. Without them, both are computed here, and the
+    host waits for the device.
     """
     if levels is None:
         levels = roi_levels(rois[:, 1:], strides)
@@ -734,7 +760,8 @@ class BoxHead(nn.Module):
     """Pooled RoIs to class logits [R, K + 1] and box deltas [R, K or 1, 4].
 
     4 conv 3x3 + 1 fc where there is a norm ("4conv1fc", Sec. 4 "Architecture" and the GN paper), 2
-    fc where there is none. The classifier is a softmax over background and the classes.
+    fc where there is none (`build_model` chooses). The classifier is a softmax over background and
+    the classes.
     """
 
     def __init__(self, config, channels, norm):
@@ -811,9 +838,8 @@ def mask_targets(targets, rois, matched, image_counts, size):
         masks = target["masks"]
         if len(masks) == 0:
             masks = masks.new_zeros(1, *masks.shape[1:])  # no object, hence no RoI either
-        crop = roi_align(masks[:, None].float(), here, size, 1.0, 0, aligned=True)
-        crops.append(crop[:, 0] >= 0.5)
-    return torch.cat(crops).float()
+        crops.append(roi_align(masks[:, None].float(), here, size, 1.0, 0, aligned=True))
+    return (torch.cat(crops)[:, 0] >= 0.5).float()
 
 
 def keypoint_targets(keypoints, boxes, size):
@@ -864,7 +890,7 @@ class MaskRCNN(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # What the weights were trained on; filled in by training, and by loading a checkpoint.
+        # Sizes to test at, and classes; set by training and by loading a checkpoint.
         self.data_settings = {"min_size": 800, "max_size": 1333}
         self.data_settings |= {"classes": None, "category_ids": None}
         for name, value in (("image_mean", config.image_mean), ("image_std", config.image_std)):
@@ -933,16 +959,13 @@ class MaskRCNN(nn.Module):
         conv(mean) only where the window does not reach into padding, this one or conv1's own.
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
-        h, w = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
-        batch = self.image_mean.new_zeros(len(images), 3, h, w)
-        mean, std = self.image_mean, self.image_std
-        mean_255, std_255 = mean * 255.0, std * 255.0
-        for out, image, (h, w) in zip(batch, images, sizes):
-            out = out[:, :h, :w]
-            if image.is_floating_point():
-                torch.sub(image, mean, out=out).div_(std)
-            else:
-                torch.sub(image, mean_255, out=out).div_(std_255)
+        height, width = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
+        batch = self.image_mean.new_zeros(len(images), 3, height, width)
+        of_float = self.image_mean, self.image_std
+        of_uint8 = self.image_mean * 255.0, self.image_std * 255.0
+        for padded, image, (h, w) in zip(batch, images, sizes):
+            mean, std = of_float if image.is_floating_point() else of_uint8
+            torch.sub(image, mean, out=padded[:, :h, :w]).div_(std)
         return batch, sizes
 
     def features(self, batch):
@@ -955,9 +978,10 @@ class MaskRCNN(nn.Module):
         return self.rpn.proposals(*self.rpn(features), sizes)
 
     def pool(self, features, rois, size, levels=None, counts=None):
-        """RoIAlign of rois [R, 5] from the levels that have RoIs (P6 is the RPN's alone)."""
+        """RoIAlign of rois [R, 5], each from one of P2..P5: see `multilevel_roi_align`."""
         strides, ratio = self.backbone.strides, self.config.roi_sampling_ratio
-        return multilevel_roi_align(features, strides, rois, size, ratio, levels, counts)
+        used = features[: len(strides)]  # P6 is the RPN's alone
+        return multilevel_roi_align(used, strides, rois, size, ratio, levels, counts)
 
     def refine(self, rois, deltas, stage, sizes):
         """The boxes [R, K or 1, 4] that a stage's deltas [R, K or 1, 4] make of rois, clipped."""
@@ -990,7 +1014,8 @@ class MaskRCNN(nn.Module):
             logits, deltas = head(self.pool(features, rois, self.config.box_roi_size))
             scores = scores + logits.softmax(dim=1) / len(self.box_heads)  # [B * P, K + 1]
             decoded = self.refine(rois, deltas, stage, sizes)  # [B * P, K or 1, 4]
-            rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)  # of the next stage
+            if stage + 1 < len(self.box_heads):  # a cascade has one box for all classes
+                rois = torch.cat([rois[:, :1], decoded[:, 0]], dim=1)
         scores = scores * valid.flatten()[:, None]
         return list(zip(scores.split(boxes.shape[1]), decoded.split(boxes.shape[1])))
 
@@ -1026,14 +1051,18 @@ class MaskRCNN(nn.Module):
     # -- Training --------------------------------------------------------------------------------
 
     def losses(self, features, sizes, targets):
-        """All losses of a batch, as a dict of scalars (see `forward`); all have weight 1.
+        """All losses of a batch, as a dict of scalars; all have weight 1.
 
-        Each is normalized over this process's own batch. DDP then averages the gradients over the
-        processes, so a sample counts for less in a process that has many.
+                                divided by                             first, from random weights
+            loss_objectness     256 * images, if fewer are drawn, too  ln 2 = 0.69
+            loss_rpn_box_reg    256 * images                           small
+            loss_classifier     all sampled RoIs                       ln 81 = 4.39 (80 classes)
+            loss_box_reg        all sampled RoIs                       small (little foreground)
+            loss_mask           foreground RoIs * 28^2                 ln 2 = 0.69
+            loss_keypoint       labelled keypoints inside their RoIs   ln 56^2 = 8.05
 
-        From random weights they start at ln 2 = 0.69 (objectness; masks), ln 81 = 4.39 (classifier,
-        80 classes) and ln 56^2 = 8.05 (keypoints). The box losses start small and rise while more
-        and more RoIs become foreground.
+        These numbers are counted in this process's own batch. DDP then averages the gradients over
+        the processes: a sample counts for less in a process that has many.
         """
         device = features[0].device
         truth = pad_targets(targets, device)
@@ -1044,7 +1073,7 @@ class MaskRCNN(nn.Module):
         # 2) RoIs: proposals and ground truth, sampled
         boxes, valid = self.rpn.proposals(objectness, deltas, anchors, sizes)
         samples, foreground = self.sample_rois(boxes, valid, truth, roi_seeds)
-        # 3) heads; what they pool from is copied once (under amp, or in channels_last)
+        # 3) heads. RoIAlign needs float32 in the usual memory format: converted once, for all heads
         features = [level.float().contiguous() for level in features]
         losses |= self.box_losses(features, samples, truth, sizes)
         if self.mask_head:
@@ -1061,32 +1090,23 @@ class MaskRCNN(nn.Module):
         is foreground from the first iteration. (Choice 10: crowds are no foreground.)
         """
         c, strides = self.config, self.backbone.strides
+        # 1) candidates, and the object that each overlaps most
         boxes = torch.cat([boxes, truth.boxes], dim=1)  # [B, P + G, 4]
         valid = torch.cat([valid, truth.valid], dim=1)
         matched, labels = match_boxes(truth, boxes, c.box_fg_iou_thresh)
         labels = labels.masked_fill(~valid, -1)
+        # 2) the sampled ones, in slots
         batch_size, fraction = c.box_batch_size_per_image, c.box_positive_fraction
-        index, chosen = sample(labels, batch_size, fraction, seeds)  # [B, S]
+        index, sampled = sample(labels, batch_size, fraction, seeds)  # [B, S]
         boxes, labels, matched = (take(x, index) for x in (boxes, labels, matched))
-
-        # Everything that the host must know of the values is read at once, since it waits for the
-        # device: how many RoIs each image has on each level, all and foreground, and wrong targets.
-        levels = roi_levels(boxes, strides)  # [B, S]
-        on_level = levels[..., None] == torch.arange(len(strides), device=levels.device)
-        masks = torch.stack([chosen, chosen & (labels > 0)])  # [2, B, S]
-        counts = (masks[..., None] & on_level).sum(dim=2)  # [2, B, levels]
-        wrong = wrong_values(truth, c.num_classes)  # [B, 1] each
-        table = torch.cat([*counts, *wrong], dim=1).tolist()  # B rows
-        for i, (*_, wrong_boxes, wrong_labels) in enumerate(table):
-            what = "must be finite, with x1 <= x2 and y1 <= y2."
-            require(not wrong_boxes, f"targets[{i}]['boxes'] {what}")
-            require(not wrong_labels, f"targets[{i}]['labels'] must be in 1..{c.num_classes}.")
-
+        foreground = sampled & (labels > 0)
+        # 3) as RoIs [R, 5] of the whole batch
         image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(*index.shape, 1)
         rois = torch.cat([image, boxes], dim=2)  # [B, S, 5]
-        parts, n = (rois, labels, matched, levels), len(strides)
-        samples = select_samples(parts, masks[0], [row[:n] for row in table])
-        return samples, select_samples(parts, masks[1], [row[n : 2 * n] for row in table])
+        slots = Samples(rois, labels, matched, roi_levels(boxes, strides))
+        masks = torch.stack([sampled, foreground])
+        counts = counts_on_host(masks, slots.levels, len(strides), truth, c.num_classes)
+        return [select_samples(slots, mask, *count) for mask, count in zip(masks, counts)]
 
     def box_losses(self, features, samples, truth, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
@@ -1105,7 +1125,7 @@ class MaskRCNN(nn.Module):
             logits, deltas = head(pooled)  # [R, K + 1], [R, K or 1, 4]
             foreground = labels > 0
             with torch.no_grad():
-                # Background RoIs get their own box as target: finite, and then masked.
+                # Background gets its own box as target: a finite error, which the loss leaves out.
                 box_truth = truth.boxes[rois[:, 0].long(), matched]  # [R, 4]
                 box_truth = torch.where(foreground[:, None], box_truth, rois[:, 1:])
                 box_targets = encode_boxes(box_truth, rois[:, 1:]) * self.box_weights(stage)
@@ -1114,9 +1134,7 @@ class MaskRCNN(nn.Module):
             beta = c.box_smooth_l1_beta
             box_loss = F.smooth_l1_loss(deltas_of_class, box_targets, reduction="none", beta=beta)
             class_loss = F.cross_entropy(logits, labels, reduction="sum")
-            # Both are divided by *all* sampled RoIs, so that each counts the same (Fast R-CNN). If
-            # there are none, the sums are 0 but still depend on the head's parameters.
-            count = max(len(labels), 1)
+            count = max(len(labels), 1)  # *all* sampled RoIs: each counts the same (Fast R-CNN)
             name = f"_{stage + 1}" if stages > 1 else ""
             losses["loss_classifier" + name] = class_loss / count
             losses["loss_box_reg" + name] = (box_loss * foreground[:, None]).sum() / count
@@ -1142,47 +1160,57 @@ class MaskRCNN(nn.Module):
         truth = mask_targets(targets, rois, matched, image_counts, 2 * size)  # [R, 28, 28]
         pooled = self.pool(features, rois, size, levels, level_counts)  # [R, 256, 14, 14]
         logits = self.mask_head(pooled, labels)  # [R, 28, 28]
-        # With no foreground at all the sum is zero but still depends on every parameter of the
-        # head, so that the process takes part in all-reduces of SyncBN and of the gradients.
+        # Without foreground the sum is 0 but still depends on every parameter of the head, so that
+        # the process takes part in all-reduces of SyncBN and of the gradients (all heads do this).
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
         return {"loss_mask": loss / max(logits.numel(), 1)}  # / (foreground RoIs * 28^2)
 
     def keypoint_loss(self, features, foreground, targets):
         """Cross-entropy of each keypoint, a softmax over the 56 x 56 positions.
 
-        The RoIs are the foreground of the sampled ones, as in Detectron2; Detectron draws anew.
+        The RoIs are the sampled foreground with a labelled keypoint inside (Choice 10: Detectron
+        draws up to 128 such RoIs anew).
         """
         rois, size = foreground.rois, self.config.keypoint_roi_size
         matched = foreground.matched.split(foreground.image_counts)
         truth = torch.cat([t["keypoints"][index] for t, index in zip(targets, matched)]).float()
         cell, valid = keypoint_targets(truth, rois[:, 1:], 4 * size)  # [R, 17]
-        useful = valid.any(dim=1)  # RoIs without a labelled keypoint inside are left out
+        useful = valid.any(dim=1)
         cell, valid = cell[useful].flatten(), valid[useful].flatten()
         heatmaps = self.keypoint_head(self.pool(features, rois[useful], size))  # [R', 17, 56, 56]
         loss = F.cross_entropy(heatmaps.flatten(0, 1).flatten(1), cell, reduction="none")
-        # / labelled keypoints in the RoIs
+        # / labelled keypoints inside their RoIs
         return {"loss_keypoint": (loss * valid).sum() / valid.sum().clamp(min=1)}
 
 
-class Samples(NamedTuple):
-    """The RoIs that a head is trained on, in order of images."""
+def counts_on_host(masks, levels, num_levels, truth, num_classes):
+    """How many RoIs are on each level, and in each image: two lists for each mask in [2, B, S].
 
-    rois: torch.Tensor  # [R, 5]
-    labels: torch.Tensor  # [R]; 0 is background
-    matched: torch.Tensor  # [R]: index of the object within its image
-    levels: torch.Tensor | None = None  # [R]: see roi_levels; the rest where it is known already:
-    level_counts: list | None = None
-    image_counts: list | None = None
+    The host waits for the device here, once: so this is also where targets with impossible values
+    are found. ValueError, naming image and field.
+    """
+    on_level = levels == torch.arange(num_levels, device=levels.device)[:, None, None]  # [L, B, S]
+    level_counts = (masks[:, None] & on_level).sum(dim=(2, 3))  # [2, L]
+    image_counts = masks.sum(dim=2)  # [2, B]
+    size = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, G, 2]; inf - inf is not a number
+    wrong_boxes = (size != size.clamp(0, 1e6)).flatten(1).any(dim=1)  # [B]
+    wrong_labels = (truth.labels != truth.labels.clamp(1, num_classes)).any(dim=1)
+    wrong_boxes, wrong_labels, levels_1, levels_2, images_1, images_2 = to_lists(
+        wrong_boxes, wrong_labels, *level_counts, *image_counts
+    )
+    for i, (boxes, labels) in enumerate(zip(wrong_boxes, wrong_labels)):
+        require(not boxes, f"targets[{i}]['boxes'] must be finite, with x1 <= x2 and y1 <= y2.")
+        require(not labels, f"targets[{i}]['labels'] must be in 1..{num_classes}.")
+    return (levels_1, images_1), (levels_2, images_2)
 
 
-def select_samples(parts, mask, table):
-    """Samples in the mask [B, S], of which image i has table[i][l] on level l."""
-    image_counts = [sum(row) for row in table]
-    level_counts = [sum(column) for column in zip(*table)]
+def select_samples(slots, mask, level_counts, image_counts):
+    """The slots [B, S] in the mask [B, S] as Samples."""
     # mask.nonzero() would wait for the device again: the True are sorted to the front instead.
     index = mask.flatten().argsort(descending=True, stable=True)[: sum(image_counts)]
-    selected = (part.flatten(0, 1).index_select(0, index) for part in parts)
-    return Samples(*selected, level_counts, image_counts)
+    parts = (slots.rois, slots.labels, slots.matched, slots.levels)
+    parts = (part.flatten(0, 1).index_select(0, index) for part in parts)
+    return Samples(*parts, level_counts, image_counts)
 
 
 def check_images(images):
@@ -1201,7 +1229,7 @@ def check_images(images):
 
 
 def check_targets(images, targets, config):
-    """ValueError, naming image and field, for targets of wrong form; see target_faults as well."""
+    """ValueError, naming image and field, for targets of wrong form (values: `counts_on_host`)."""
     is_list = isinstance(targets, (list, tuple)) and len(targets) == len(images)
     require(is_list, f"targets must be a list of {len(images)} dicts, one for each image.")
     for i, (image, target) in enumerate(zip(images, targets)):
@@ -1215,14 +1243,6 @@ def check_targets(images, targets, config):
             require(found == shape, f"{where} must be {shape} for these boxes, and is {found}.")
         require(target["boxes"].is_floating_point(), f"targets[{i}]['boxes'] must be float.")
         require(target["labels"].dtype == torch.int64, f"targets[{i}]['labels'] must be int64.")
-
-
-def wrong_values(truth, num_classes):
-    """Whether each image has invalid boxes, and invalid labels: two tensors [B, 1] bool."""
-    size = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, G, 2]; inf - inf is not a number
-    boxes = (size != size.clamp(0, 1e6)).flatten(1).any(dim=1)
-    labels = (truth.labels != truth.labels.clamp(1, num_classes)).any(dim=1)
-    return boxes[:, None], labels[:, None]
 
 
 def build_model(backbone="resnet50", norm="gn", num_classes=80, **settings):
@@ -1254,7 +1274,8 @@ def initialize(model):
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            # N(0, 2 / fan_out). (Of a deconvolution torch takes the inputs for "out": Detectron2.)
+            # N(0, 2 / fan_out). (A deconvolution's weight is [in, out, k, k]: its "fan_out" is that
+            # of the inputs, in Detectron2 as well.)
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))
@@ -1388,22 +1409,21 @@ def read_checkpoint(path):
 def load_model(path):
     """The model of a checkpoint, on the CPU and in evaluation mode. Raises WeightsError.
 
-    The config in the file is not trusted: the model is made without memory, and gets memory only if
-    the file has every tensor of it.
+    The config in the file is not trusted: the model gets memory only if the file has all of it.
     """
     content = read_checkpoint(path)
+    weights = content["weights"]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # no memory
             model = MaskRCNN(Config(**content["config"]))
     except (TypeError, ValueError) as error:
         reason = str(error)[:200].rstrip(".")
         raise WeightsError(f"{path} describes a model that cannot be built: {reason}.") from None
     for name, tensor in model.state_dict().items():
-        found = content["weights"].get(name)
-        if found is None or found.shape != tensor.shape:
-            what = "no" if found is None else f"another shape {tuple(found.shape)} of"
-            raise WeightsError(f"{path} has {what} {name}: it is incomplete, or of another model.")
-    model.to_empty(device="cpu").load_state_dict(content["weights"], strict=False)
+        if name not in weights or weights[name].shape != tensor.shape:
+            what = f"{name} of shape {list(tensor.shape)}"
+            raise WeightsError(f"{path} has no {what}: it is incomplete, or of another model.")
+    model.to_empty(device="cpu").load_state_dict(weights, strict=False)
     model.data_settings |= content["data"]
     return model.eval()
 
@@ -1415,30 +1435,49 @@ def load_weights(model, path, verbose=True):
     other classes; what does not fit stays as it is, and is named. The image statistics that belong
     to the weights are set too. Raises WeightsError, and leaves the model unchanged then.
     """
-    content, own, config = read_checkpoint(path), model.state_dict(), model.config
-    theirs, weights = content["config"], content["weights"]
-    for name in ("stride_in_1x1", "norm"):
-        differs = theirs.get(name, getattr(config, name)) != getattr(config, name)
-        # The names of the tensors tell another norm, but not MSRA's folded BN.
-        folded = theirs.get("norm") == "frozen_bn" and config.freeze_at < 5
-        if differs and (name == "stride_in_1x1" or folded):
-            raise WeightsError(f"{path} is of a backbone with another {name} than this model's.")
+    content, own = read_checkpoint(path), model.state_dict()
+    weights = content["weights"]
+    check_backbone(path, content, model)
     fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
+    said = [f"{len(fitting)} tensors loaded"]
+    statistics = {}
+    for name in ("image_mean", "image_std"):
+        old, value = (tuple(t[name].flatten().tolist()) for t in (own, own | fitting))
+        if value != old:
+            statistics[name] = value
+            said.append(f"{name} of the file: {', '.join(f'{v:.4f}' for v in value)}")
+    try:
+        model.config = dataclasses.replace(model.config, **statistics)
+    except ValueError as error:
+        raise WeightsError(f"{path} has an {error}") from None
+    model.load_state_dict(fitting, strict=False)
     left = [name for name in own if name not in fitting]
     unused = [name for name in weights if name not in own]
-    for name in left + unused:
-        if name.startswith("backbone.") and not name.endswith("num_batches_tracked"):
-            here = f"{config.backbone} with norm {config.norm}"
-            raise WeightsError(f"{path} is of another backbone than {here}: see {name}.")
-    model.load_state_dict(fitting, strict=False)
-    said = [f"{len(fitting)} tensors loaded"]
     for what, names in (("left as they were", left), ("not used", unused)):
         modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
         said += [f"{what}: {', '.join(modules)}"] if names else []
-    for name in ("image_mean", "image_std"):
-        value = tuple(getattr(model, name).flatten().tolist())
-        if value != tuple(torch.tensor(getattr(model.config, name)).tolist()):
-            model.config = dataclasses.replace(model.config, **{name: value})
-            said.append(f"{name} of the file: {', '.join(f'{v:.4f}' for v in value)}")
     if verbose:
         print(f"Weights   {path}: {'; '.join(said)}")
+
+
+def check_backbone(path, content, model):
+    """WeightsError unless the backbone of a checkpoint computes what the model's own does."""
+    theirs, ours = content["config"], model.config
+    if theirs.get("stride_in_1x1", ours.stride_in_1x1) != ours.stride_in_1x1:
+        what = "a backbone with the strides in other convolutions than this model's"
+        raise WeightsError(f"{path} has {what} (stride_in_1x1).")
+    there, here = content["weights"], model.state_dict()
+    names = [name for name in here | there if name.startswith("backbone.")]
+    shapes = {n: [list(w[n].shape) if n in w else "missing" for w in (there, here)] for n in names}
+    other = [n for n, (a, b) in shapes.items() if a != b and not n.endswith("num_batches_tracked")]
+    convolutions = [name for name in other if name.endswith("conv.weight")]
+    # A norm shows in the names of its tensors. One does not: "frozen_bn" has the names of "bn", and
+    # the statistics of MSRA's files are folded into its weights, so that "bn" cannot go on from it.
+    norm = str(theirs.get("norm", ours.norm))[:20]
+    folded = norm == "frozen_bn" != ours.norm and ours.freeze_at < 5
+    if norm != ours.norm and (other or folded) and not convolutions:
+        what = f"a backbone with norm {norm}, and this model's has norm {ours.norm}"
+        raise WeightsError(f"{path} has {what}.")
+    for name in convolutions + other:
+        what = f"{name} is {shapes[name][0]} there and {shapes[name][1]} here"
+        raise WeightsError(f"{path} has a backbone of another shape than this model's: {what}.")

@@ -39,8 +39,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
 
     def forward(self, x):
-        # Two ways to the same numbers. On the CPU torch's kernel is 4 to 9 times as fast; on CUDA,
-        # it copies bfloat16 and channels_last, and torch.compile cannot fuse it with a ReLU.
+        # The same numbers in two ways. On the CPU, torch's kernel is 4 to 9 times as fast. On CUDA it
+        # would first copy bfloat16 and channels_last inputs, and torch.compile cannot fuse it.
         copied = x.dtype != torch.float32 or not x.is_contiguous()
         if torch.compiler.is_compiling() or (x.is_cuda and copied and x.numel() > 0):
             return self.written_out(x)
@@ -138,22 +138,21 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not self.training or (world_size == 1 and x.numel() > 0):
             return super().forward(x)
 
-        # 1) sum and sum of squares of each channel here; the squares are summed around the local
-        #    mean and moved to zero in float64 (in float32, a large mean would cost all digits)
+        # 1) sum of x and of x^2 of each channel here, in float64: sum x^2 = sum (x - m)^2 + n m^2,
+        #    where m is the local mean (in float32, a large mean would cost all digits)
         n = x.numel() // x.shape[1]
         x32 = x.float()
-        local_mean = x32.sum(dim=(0, 2, 3)) / max(n, 1)  # [C]
-        squares = (x32 - local_mean[:, None, None]).square().sum(dim=(0, 2, 3)).double()
-        local_mean = local_mean.double()
-        sums = torch.cat([local_mean * n, squares + local_mean.square() * n])
-        sums = torch.cat([sums, sums.new_tensor([float(n)])])  # [2 C + 1]
+        m = x32.sum(dim=(0, 2, 3)) / max(n, 1)  # [C]
+        centred = (x32 - m[:, None, None]).square().sum(dim=(0, 2, 3)).double()
+        m = m.double()
+        sums = torch.cat([m * n, centred + m.square() * n, m.new_tensor([float(n)])])  # [2 C + 1]
 
         # 2) the same over all processes
         if world_size > 1:
             sums = AllReduceSum.apply(sums, self.process_group)
         count = sums[-1].detach().clamp(min=1)
-        mean, square = (sums[:-1] / count).chunk(2)  # [C] each
-        var = square - mean.square()
+        mean, mean_of_squares = (sums[:-1] / count).chunk(2)  # [C] each
+        var = mean_of_squares - mean.square()
         self.update_running_statistics(mean, var, count, seen=sums[-1] > 0)
 
         # 3) gamma * (x - mean) / sqrt(var + eps) + beta
@@ -168,7 +167,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             batch = batch.to(running.dtype)
             running.copy_(torch.where(seen, running.lerp(batch, self.momentum), running))
-        self.num_batches_tracked += 1
+        self.num_batches_tracked += seen
 
 
 NORMS = {

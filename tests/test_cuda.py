@@ -108,7 +108,7 @@ def test_a_train_step_of_r50_fpn_gn_stays_within_its_budget(count, images, most)
     step()  # anchors, momentum
     launches, waits = count(step)
     assert len(waits) <= 2, waits
-    assert launches <= most
+    assert launches <= most, launches
 
 
 def test_inference_waits_four_times_for_an_image(count):
