@@ -1437,47 +1437,47 @@ def load_weights(model, path, verbose=True):
     """
     content, own = read_checkpoint(path), model.state_dict()
     weights = content["weights"]
-    check_backbone(path, content, model)
     fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
-    said = [f"{len(fitting)} tensors loaded"]
-    statistics = {}
-    for name in ("image_mean", "image_std"):
-        old, value = (tuple(t[name].flatten().tolist()) for t in (own, own | fitting))
-        if value != old:
-            statistics[name] = value
-            said.append(f"{name} of the file: {', '.join(f'{v:.4f}' for v in value)}")
-    try:
-        model.config = dataclasses.replace(model.config, **statistics)
-    except ValueError as error:
-        raise WeightsError(f"{path} has an {error}") from None
-    model.load_state_dict(fitting, strict=False)
     left = [name for name in own if name not in fitting]
     unused = [name for name in weights if name not in own]
+    check_backbone(path, content, model, left + unused)
+    said = [f"{len(fitting)} tensors loaded"]
     for what, names in (("left as they were", left), ("not used", unused)):
         modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
         said += [f"{what}: {', '.join(modules)}"] if names else []
+    statistics = {}
+    for name in ("image_mean", "image_std"):
+        old, new = (tensors[name].flatten().tolist() for tensors in (own, own | fitting))
+        if new != old:
+            statistics[name] = tuple(new)
+            said.append(f"{name} of the file: {', '.join(f'{v:.4f}' for v in new)}")
+    try:
+        model.config = dataclasses.replace(model.config, **statistics)
+    except ValueError as error:
+        raise WeightsError(f"The weights in {path} cannot be used: {error}") from None
+    model.load_state_dict(fitting, strict=False)
     if verbose:
         print(f"Weights   {path}: {'; '.join(said)}")
 
 
-def check_backbone(path, content, model):
-    """WeightsError unless the backbone of a checkpoint computes what the model's own does."""
+def check_backbone(path, content, model, misfits):
+    """WeightsError if the backbone of a checkpoint is another; misfits: names of misfit tensors."""
     theirs, ours = content["config"], model.config
-    if theirs.get("stride_in_1x1", ours.stride_in_1x1) != ours.stride_in_1x1:
-        what = "a backbone with the strides in other convolutions than this model's"
-        raise WeightsError(f"{path} has {what} (stride_in_1x1).")
-    there, here = content["weights"], model.state_dict()
-    names = [name for name in here | there if name.startswith("backbone.")]
-    shapes = {n: [list(w[n].shape) if n in w else "missing" for w in (there, here)] for n in names}
-    other = [n for n, (a, b) in shapes.items() if a != b and not n.endswith("num_batches_tracked")]
-    convolutions = [name for name in other if name.endswith("conv.weight")]
+    misfits = [n for n in misfits if n.startswith("backbone.") and "num_batches" not in n]
+    convolutions = [name for name in misfits if name.endswith("conv.weight")]
     # A norm shows in the names of its tensors. One does not: "frozen_bn" has the names of "bn", and
     # the statistics of MSRA's files are folded into its weights, so that "bn" cannot go on from it.
     norm = str(theirs.get("norm", ours.norm))[:20]
     folded = norm == "frozen_bn" != ours.norm and ours.freeze_at < 5
-    if norm != ours.norm and (other or folded) and not convolutions:
-        what = f"a backbone with norm {norm}, and this model's has norm {ours.norm}"
-        raise WeightsError(f"{path} has {what}.")
-    for name in convolutions + other:
-        what = f"{name} is {shapes[name][0]} there and {shapes[name][1]} here"
-        raise WeightsError(f"{path} has a backbone of another shape than this model's: {what}.")
+    other = None
+    if theirs.get("stride_in_1x1", ours.stride_in_1x1) != ours.stride_in_1x1:
+        other = "stride_in_1x1 than this model's"
+    elif folded or (misfits and norm != ours.norm and not convolutions):
+        other = f"norm than this model's: {norm} there and {ours.norm} here"
+    elif misfits:
+        name = (convolutions + misfits)[0]
+        tensors = (content["weights"].get(name), model.state_dict().get(name))
+        there, here = ("missing" if t is None else list(t.shape) for t in tensors)
+        other = f"shape than this model's: {name} is {there} there and {here} here"
+    if other:
+        raise WeightsError(f"{path} has a backbone of another {other}.")

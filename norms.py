@@ -39,8 +39,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
 
     def forward(self, x):
-        # The same numbers in two ways. On the CPU, torch's kernel is 4 to 9 times as fast. On CUDA it
-        # would first copy bfloat16 and channels_last inputs, and torch.compile cannot fuse it.
+        # Two ways to the same numbers. On the CPU, torch's kernel is 4 to 9 times as fast. On CUDA it
+        # copies bfloat16 and channels_last inputs first, and torch.compile cannot fuse it.
         copied = x.dtype != torch.float32 or not x.is_contiguous()
         if torch.compiler.is_compiling() or (x.is_cuda and copied and x.numel() > 0):
             return self.written_out(x)
