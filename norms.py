@@ -39,7 +39,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
 
     def forward(self, x):
-        # Two ways to the same numbers. On the CPU, torch's kernel is 4 to 9 times as fast. On CUDA it
+        # Two ways to the same numbers. torch's kernel is 4 to 9 times as fast on a CPU. On CUDA it
         # copies bfloat16 and channels_last inputs first, and torch.compile cannot fuse it.
         copied = x.dtype != torch.float32 or not x.is_contiguous()
         if torch.compiler.is_compiling() or (x.is_cuda and copied and x.numel() > 0):

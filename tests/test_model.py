@@ -35,6 +35,15 @@ def small_model(seed=0, **hyper):
     return build_model(**(SMALL | hyper))
 
 
+@torch.no_grad()
+def predict_always(head, move, bias):
+    """The box head predicts these deltas [regressors, 4] and logits for every RoI."""
+    head.classifier.weight.zero_()
+    head.regressor.weight.zero_()
+    head.classifier.bias.copy_(bias)
+    head.regressor.bias.copy_(move.flatten())
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -605,13 +614,13 @@ def test_images_of_a_batch_do_not_influence_one_another():
 
 def test_labels_count_from_one_and_boxes_belong_to_their_class():
     model = small_model(masks=False).eval()
-    head = model.box_heads[0]
+    # Class 3's box: moved right by its own width, twice as high. The clip to the image applies.
+    moves = torch.zeros(5, 4)
+    moves[2] = torch.tensor([10.0, 0, 0, 5 * math.log(2)])
+    predict_always(
+        model.box_heads[0], moves, torch.tensor([0, 0, 0, 9.0, 0, 0])
+    )  # background, 1, ...
     with torch.no_grad():
-        head.classifier.weight.zero_()
-        head.regressor.weight.zero_()
-        head.classifier.bias.copy_(torch.tensor([0, 0, 0, 9.0, 0, 0]))  # background, 1, 2, 3, ...
-        # Class 3's box: moved right by its own width, twice as high. The clip to the image applies.
-        head.regressor.bias.view(5, 4)[2] = torch.tensor([10.0, 0, 0, 5 * math.log(2)])
         images = make_images((100, 100))
         proposals = torch.tensor([[[10.0, 10, 30, 30], [10, 40, 30, 60], [70, 70, 95, 90]]])
         features = model.features(model.batch(images)[0])
@@ -724,12 +733,9 @@ def test_cascade_scores_are_averages_and_boxes_the_last_stages():
     model = small_model(cascade=True, masks=False).eval()
     biases = torch.randn(3, 6, generator=generator(12))
     moves = torch.tensor([[1.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 0, 15 * math.log(1.5)]])
+    for head, move, bias in zip(model.box_heads, moves, biases):
+        predict_always(head, move, bias)
     with torch.no_grad():
-        for head, bias, move in zip(model.box_heads, biases, moves):
-            head.classifier.weight.zero_()
-            head.regressor.weight.zero_()
-            head.classifier.bias.copy_(bias)
-            head.regressor.bias.copy_(move)
         features = model.features(model.batch(make_images((100, 100)))[0])
         proposals, valid = torch.tensor([[[10.0, 10, 30, 50]]]), torch.tensor([[True]])
         ((scores, boxes),) = model.box_predictions(features, proposals, valid, [(100, 100)])
