@@ -108,7 +108,8 @@ def test_settings_that_cannot_be_meant_are_refused(name, value):
 
 
 def test_config_is_what_was_asked_for_and_what_it_implies():
-    config = build_model("vgg16", "none", 7, masks=False).config
+    narrow = {"stem_width": 8, "box_head_fc_channels": 16}  # and so fast to build
+    config = build_model("vgg16", "none", 7, masks=False, **narrow).config
     assert (config.num_classes, config.box_head_fcs, config.box_head_convs) == (7, 2, 0)
     assert config.image_std[0] > 0.2  # Choice 8
     assert dataclasses.replace(config, num_classes=3).anchor_sizes == config.anchor_sizes
