@@ -329,7 +329,7 @@ def match_boxes(truth, boxes, threshold):
 def sampling_seeds(targets, device):
     """A seed of 32 bits for the anchors and one for the RoIs of each image: two of [B] int64.
 
-    The seed's route: data.image_seed makes it from the run's seed, the iteration and the image's
+    The seed's route: data.hash_of makes it from the run's seed, the iteration and the image's
     place in the batch; it travels in the target, whose "seed" this reads (without one, torch's
     generator is asked); `sample` draws with it.
     """
