@@ -681,7 +681,7 @@ def grow_to_cascade(model, optimizer, recipe):
 #   log_bytes   save_checkpoint, Log.sync       Log.__init__, which cuts the log to this length
 #
 # Which images make a batch, their flips, and the sampling of anchors and RoIs are functions of
-# (seed, iteration, position in the batch): data.py, above `image_seed`.
+# (seed, iteration, position in the batch): data.py, above `hash_of`.
 
 
 def checkpoint_path(out, iteration):

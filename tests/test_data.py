@@ -285,8 +285,7 @@ RLE = {"size": [40, 60], "counts": [100, 300, 2000]}
         (("images",), [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}] * 2, "twice"),
         (("categories", 0, "name"), "\ud800", "category 3 name"),
         (("categories",), [{"id": 3, "name": "dog"}, {"id": 4, "name": "dog"}], "category 4 dog"),
-        (("annotations",), DELETE, "0 objects 1 images"),
-        ((*OBJECT, "iscrowd"), 1, "1 objects 1 images 1 are 0 have"),
+        (("annotations",), DELETE, "0 objects"),
         ((*OBJECT, "id"), DELETE, "annotation image 7 id"),
         ((*OBJECT, "image_id"), 8, "annotation 5 of image 8"),
         ((*OBJECT, "image_id"), [7], "annotation 5 image_id"),
@@ -328,7 +327,7 @@ def test_bad_annotations(tmp_path, path, value, named, training):
         part[path[-1]] = value
     annotation_file.write_text(json.dumps(content))
     if "objects" in named and not training:  # as COCO's test splits
-        assert CocoDataset(folder, annotation_file).num_objects == int(named[0])
+        assert CocoDataset(folder, annotation_file).num_objects == 0
         return
     with pytest.raises(UserError) as caught:
         dataset = CocoDataset(folder, annotation_file, training=training)
@@ -437,6 +436,9 @@ def test_objects_without_a_mask_are_left_out_of_training_and_counted(tmp_path):
     # Numbered from 1: COCOeval takes the id 0 for "no match".
     assert [truth.annToMask(truth.anns[k]).sum() for k in range(1, 7)] == [160, 160, 0, 0, 0, 0]
     assert CocoDataset(*paths, training=True, masks=False).num_objects == 6
+    paths = write_coco(tmp_path, annotations=[objects[0] | {"iscrowd": 1}, objects[2]])
+    with pytest.raises(UserError, match="2 objects in 1 images, 1 are crowds and 1 have no mask"):
+        CocoDataset(*paths, training=True)
 
 
 def test_large_images_with_many_objects_are_painted_at_the_size_needed(tmp_path):

@@ -782,17 +782,6 @@ def test_the_split_asked_for_is_the_one_that_is_scored(tmp_path, weights, monkey
     assert run(*arguments, "--split", "train2012") == 1
 
 
-def test_two_categories_of_one_name_are_refused(tmp_path, weights, capsys):
-    file = tmp_path / "data" / "annotations" / "instances_val2017.json"
-    content = json.loads(file.read_text())
-    content["categories"][1]["name"] = "disc"
-    file.write_text(json.dumps(content))
-    arguments = ["--data", tmp_path / "data", "--per-class", "--workers", 0]
-    assert run(*weights, *arguments) == 1
-    error = capsys.readouterr().err
-    assert "disc" in error and error.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
