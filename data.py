@@ -53,7 +53,14 @@ class CocoDataset(Dataset):
     metric = "coco"
 
     def __init__(
-        self, image_dir, annotation_file, training=False, masks=True, keypoints=False, **choice
+        self,
+        image_dir,
+        annotation_file,
+        training=False,
+        masks=True,
+        keypoints=False,
+        subset=None,
+        keep_empty=False,
     ):
         self.image_dir = os.fspath(image_dir)
         self.annotation_file = os.fspath(annotation_file)
@@ -63,27 +70,28 @@ class CocoDataset(Dataset):
         for path in (annotation_file, image_dir):
             if not os.path.exists(path):
                 raise UserError(f"{path} does not exist; check folder and split, or {CONVERT}.")
-        self._index(**choice)
+        self._index(subset, keep_empty)
 
     def _read(self):
         """The data set as the content of a COCO annotation file."""
         return read_coco(self.annotation_file, self.masks, self.keypoints)
 
-    def _index(self, subset=None, keep_empty=False):
+    def _index(self, subset, keep_empty):
         """Choose images and objects, and store what `load` needs of them."""
         content = self._read()
+        images, annotations = content["images"], content["annotations"]
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.classes = [category["name"] for category in categories]
         self.num_without_mask = 0
-        objects = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
+        objects = {image["id"]: [] for image in images}
+        for annotation in annotations:
             annotation["label"] = self.category_ids.index(annotation["category_id"]) + 1
             objects[annotation["image_id"]].append(annotation)
             self.num_without_mask += annotation.get("segmentation") == []
 
         records = {}
-        for image in sorted(content["images"], key=lambda image: image["id"]):
+        for image in sorted(images, key=lambda image: image["id"]):
             size = image["width"], image["height"]
             chosen = objects[image["id"]]
             if self.training and (chosen or not keep_empty):
@@ -91,12 +99,20 @@ class CocoDataset(Dataset):
                 labelled = not self.keypoints or any(any(o["keypoints"][2::3]) for o in chosen)
                 if not chosen or not labelled:
                     continue
-            record = {"file_name": image["file_name"], "size": size, "objects": chosen}
-            records[image["id"]] = record
-        if self.masks and self.num_without_mask == len(content["annotations"]) > 0:
+            records[image["id"]] = {
+                "file_name": image["file_name"],
+                "size": size,
+                "objects": chosen,
+            }
+        if self.masks and self.num_without_mask == len(annotations) > 0:
             raise UserError(f"{self.annotation_file} has no masks; use --no-masks (masks=False).")
         if not records:
-            raise UserError(f"{self.annotation_file} has no image with objects; choose another.")
+            crowds = sum(annotation["iscrowd"] for annotation in annotations)
+            raise UserError(
+                f"{self.annotation_file} has no image to use: of {len(annotations):,} objects in "
+                f"{len(images):,} images, {crowds:,} are crowds and {self.num_without_mask:,} have "
+                "no mask; correct it or choose another."
+            )
         self.num_dropped = len(objects) - len(records)
         self.image_ids = list(records) if subset is None else choose_subset(records, subset)
         records = [records[image_id] for image_id in self.image_ids]
@@ -178,8 +194,8 @@ def is_usable(annotation, width, height, masks):
     """Whether an object of an image of width x height is trained on.
 
     It must be no crowd, have a box with an area inside the image and, with masks, a mask. Detectron
-    differs: it asks for area > 0 and sides > 1 pixel, and a proposal with IoU >= 0.5 to a crowd is
-    foreground of the crowd's class there. Here, as in Detectron2, crowds are no targets.
+    differs (Choice 10): it asks for area > 0 and sides > 1 pixel, and a proposal with IoU >= 0.5 to
+    a crowd is foreground of the crowd's class there. Here, as in Detectron2, crowds are no targets.
     """
     x, y, w, h = annotation["bbox"]
     inside_x = min(x + w, width) - max(x, 0)
@@ -187,13 +203,6 @@ def is_usable(annotation, width, height, masks):
     has_area = min(w, h, inside_x, inside_y) >= 1e-3  # pixels; less would vanish in float32
     has_mask = not masks or annotation["segmentation"] != []
     return has_area and has_mask and not annotation["iscrowd"]
-
-
-def average_sample(dataset, min_sizes, max_size):
-    """What Figure 2 counts: objects an image, and pixels of an image as the loader makes it."""
-    sizes = list(zip(dataset.heights.tolist(), dataset.widths.tolist()))
-    shapes = [resize_shape(*size, min_size, max_size) for size in sizes for min_size in min_sizes]
-    return dataset.num_objects / len(dataset), sum(map(math.prod, shapes)) / len(shapes)
 
 
 # ---- Subsets of COCO and PASCAL VOC (Sec. 5.2) ---------------------------------------------------
@@ -205,11 +214,9 @@ def choose_subset(image_ids, count):
     A function of the ids alone, the same on every machine, and nested: the 1k images are among the
     3.5k. Raises UserError if there are fewer.
     """
-    chosen = set(sorted(image_ids, key=lambda image_id: image_seed(0, image_id, 0))[:count])
+    chosen = set(sorted(image_ids, key=lambda image_id: hash_of(0, image_id, 0))[:count])
     if len(chosen) < count:
-        raise UserError(
-            f"There are {len(chosen):,} images with objects, not {count:,}; take fewer."
-        )
+        raise UserError(f"There are {len(chosen):,} images to use, not {count:,}; take fewer.")
     return [image_id for image_id in image_ids if image_id in chosen]
 
 
@@ -218,7 +225,8 @@ VOC_CLASSES = (
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
 
-# The paper trains on trainval2007 + train2012 and tests on val2012.
+# The default names of splits are COCO's. For VOC they mean what the paper trains and tests on:
+# trainval2007 + train2012, and val2012.
 VOC_SPLITS = {
     "train2017": [("VOC2007", "trainval"), ("VOC2012", "train")],
     "val2017": [("VOC2012", "val")],
@@ -235,20 +243,22 @@ class VocDataset(CocoDataset):
 
     metric = "voc"
 
-    def __init__(self, root, splits, training=False, **choice):
+    def __init__(self, root, splits, training=False, subset=None, keep_empty=False):
         self.splits = splits
-        super().__init__(root, root, training, masks=False, **choice)
+        super().__init__(root, root, training, False, False, subset, keep_empty)
 
     def _read(self):
         return read_voc(self.image_dir, self.splits)
 
 
-def open_split(root, split, training=False, masks=True, keypoints=False, **choice):
+def open_split(
+    root, split, training=False, masks=True, keypoints=False, subset=None, keep_empty=False
+):
     """The data set of a split below the folder `root`, in COCO's layout or VOC's.
 
     COCO's: annotations/instances_SPLIT.json (keypoints: person_keypoints_...) and SPLIT/. VOC's is
     known by its VOC2012/, be it in VOCdevkit/; its splits are VOC_SPLITS and the lists of VOC2012.
-    Other arguments as of CocoDataset. Raises UserError for any other layout.
+    The other arguments are CocoDataset's. Raises UserError for any other layout.
     """
     root = os.fspath(root)
     for devkit in (root, os.path.join(root, "VOCdevkit")):
@@ -256,19 +266,19 @@ def open_split(root, split, training=False, masks=True, keypoints=False, **choic
             if masks or keypoints:
                 raise UserError(f"{root} has VOC's boxes only; use --no-masks (masks=False).")
             lists = VOC_SPLITS.get(split, [("VOC2012", split)])
-            return VocDataset(devkit, lists, training, **choice)
+            return VocDataset(devkit, lists, training, subset, keep_empty)
     kind = "person_keypoints" if keypoints else "instances"
     annotation_file = os.path.join(root, "annotations", f"{kind}_{split}.json")
     image_dir = os.path.join(root, split)
-    return CocoDataset(image_dir, annotation_file, training, masks, keypoints, **choice)
+    return CocoDataset(image_dir, annotation_file, training, masks, keypoints, subset, keep_empty)
 
 
-def check_same_classes(train_set, val_set):
-    """Raise UserError if a model trained on train_set would mistake the classes of val_set."""
-    if train_set.classes != val_set.classes:
-        apart = sorted(set(train_set.classes) ^ set(val_set.classes)) or ["their order"]
-        files = f"{train_set.annotation_file} and {val_set.annotation_file}"
-        raise UserError(f"{files} differ in their classes ({', '.join(apart[:8])}); correct one.")
+def check_classes(dataset, classes, source, advice="correct one of them"):
+    """Raise UserError unless the classes of a data set are these; source: where these are from."""
+    if dataset.classes != classes:
+        apart = sorted(set(dataset.classes) ^ set(classes)) or ["their order"]
+        files = f"{dataset.annotation_file} and {source}"
+        raise UserError(f"{files} differ in their classes ({', '.join(apart[:8])}); {advice}.")
 
 
 # ---- Transforms (Sec. 4: shorter side 800, longer at most 1333, horizontal flip) -----------------
@@ -306,8 +316,8 @@ def resize_shape(height, width, min_size, max_size):
 def resize_image(image, height, width):
     """Bilinear resize: uint8 [3, H, W] -> uint8 [3, height, width].
 
-    Antialiased when it shrinks, as Detectron2's PIL does and Detectron's cv2.INTER_LINEAR does not.
-    torch does this on bytes within one grey level of PIL, and in less than half the time.
+    Antialiased when it shrinks, as Detectron2's PIL does and Detectron's cv2.INTER_LINEAR does not
+    (Choice 10). torch is within one grey level of PIL, and takes less than half the time.
     """
     if image.shape[1:] == (height, width):
         return image
@@ -344,9 +354,7 @@ def paint_segmentation(mask, segmentation, old_size, flip):
     which `segmentation_problem` finds nothing wrong, for pycocotools trusts what it is given.
     """
     if isinstance(segmentation, list):
-        polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
-        scale_y, scale_x = mask.shape[0] / old_size[0], mask.shape[1] / old_size[1]
-        return paint_polygons(mask, polygons, scale_x, scale_y, flip)
+        return paint_polygons(mask, segmentation, old_size, flip)
     if isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, *old_size)
     # A target pixel takes the source pixel under its centre ("nearest-exact"), so that every edge
@@ -359,8 +367,8 @@ def paint_segmentation(mask, segmentation, old_size, flip):
     mask[:] = source.numpy()
 
 
-def paint_polygons(mask, polygons, scale_x, scale_y, flip):
-    """Paint the union of polygons into mask (a zero uint8 array [h, w]), scaled and mirrored first.
+def paint_polygons(mask, polygons, old_size, flip):
+    """Paint the union of polygons as `paint_segmentation` does.
 
     Rasterizing at the target's resolution keeps the edges sharp. Only a crop around the object is
     rasterized, for speed: most of an image is not object. The result is the whole image's.
@@ -368,7 +376,8 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
     if not polygons:
         return
     height, width = mask.shape
-    points = [polygon.reshape(-1, 2) * (scale_x, scale_y) for polygon in polygons]
+    scale = width / old_size[1], height / old_size[0]
+    points = [np.array(polygon, dtype=np.float64).reshape(-1, 2) * scale for polygon in polygons]
     if flip:
         points = [(width, 0) + polygon * (-1, 1) for polygon in points]
     everything = np.concatenate(points)
@@ -376,7 +385,7 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
     x2, y2 = np.clip(np.ceil(everything.max(0)) + 1, 0, (width, height)).astype(int).tolist()
     if x1 >= x2 or y1 >= y2:
         return
-    # pycocotools rounds to fifths of a pixel; with 1e-9, ties fall as they do without the shift.
+    # pycocotools rounds to fifths of a pixel; + 1e-9: the shift must not turn a tie the other way.
     parts = [(polygon - (x1, y1) + 1e-9).ravel() for polygon in points]
     rles = coco_mask.frPyObjects(parts, y2 - y1, x2 - x1)
     mask[y1:y2, x1:x2] = coco_mask.decode(coco_mask.merge(rles))
@@ -384,24 +393,26 @@ def paint_polygons(mask, polygons, scale_x, scale_y, flip):
 
 # ---- Sampler and loader --------------------------------------------------------------------------
 
-# The route of the seed. Every random choice about an image is a function of
+# The route of the seed: train.py --seed -> BatchSampler -> TrainingSet -> model.py. No generator
+# keeps a state: every random choice is a function of the seed, the iteration and the place.
 #
-#   image_seed(the run's seed, iteration, position of the image in the whole batch)
+#   1) BatchSampler   shuffles each epoch by hash_of(seed, epoch, -1), and gives each image of a
+#                     batch its own seed: hash_of(seed, iteration, its position in the whole batch)
+#   2) TrainingSet    draws size and flip from the image's seed and passes it on as target["seed"]
+#   3) model.py       `sampling_seeds` makes two seeds of it, for the anchors and for the RoIs;
+#                     `random_keys` gives every candidate a number by which `sample` chooses
 #
-# and never the state of a generator. `BatchSampler` computes this number, `TrainingSet` draws the
-# image's size and flip from it and hands it on as target["seed"], and the model draws the anchors
-# and RoIs that count in the losses from that (model.py `sample`). So a run that is resumed, a trunk
-# that is shared, any number of workers and any split of the batch over GPUs see the same choices.
+# So a resumed run, a shared trunk, any number of workers and any split of the batch over GPUs make
+# the same choices.
 
 
-def image_seed(seed, iteration, position):
-    """The seed of one image of the batch: a hash, int in [0, 2**63).
+def hash_of(a, b, c):
+    """A hash of three integers, in [0, 2**63).
 
-    position: rank * images_per_gpu + j, of the image in the whole batch. SplitMix64's mixing
-    function (Steele et al., 2014), applied to one number after the other.
+    SplitMix64's mixing function (Steele et al., 2014), applied to one number after the other.
     """
     value = 0
-    for number in (seed, iteration, position):
+    for number in (a, b, c):
         value = (value + number + 0x9E3779B97F4A7C15) % 2**64
         value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
@@ -430,7 +441,7 @@ class BatchSampler(Sampler):
     def epoch_groups(self, epoch):
         """The groups of an epoch in order: int64 [G, images_per_gpu], indices of images."""
         groups = []
-        rng = np.random.default_rng(image_seed(self.seed, epoch, -1))
+        rng = np.random.default_rng(hash_of(self.seed, epoch, -1))
         for indices in self.orientations:
             count = math.ceil(len(indices) / self.images_per_gpu)
             order = rng.permutation(indices)
@@ -442,11 +453,10 @@ class BatchSampler(Sampler):
         first_group = self.start_iteration * self.world_size + self.rank
         groups = itertools.islice(stream, first_group, None, self.world_size)
         first = self.rank * self.images_per_gpu
+        positions = range(first, first + self.images_per_gpu)  # in the whole batch
         for iteration, group in enumerate(groups, start=self.start_iteration):
-            yield [
-                (index, image_seed(self.seed, iteration, first + j))
-                for j, index in enumerate(group.tolist())
-            ]
+            seeds = [hash_of(self.seed, iteration, position) for position in positions]
+            yield list(zip(group.tolist(), seeds))
 
 
 class TrainingSet(Dataset):
@@ -456,7 +466,7 @@ class TrainingSet(Dataset):
     list of dicts as in `CocoDataset`, with the seed as target["seed"].
 
     min_sizes: the shorter side is one of these (Sec. 5.1, scale augmentation: uniform over the
-    multiples of 32 from 640 to 800, as in Detectron). flip: mirror an image with probability 1/2.
+    multiples of 32 from 640 to 800, Choice 4). flip: mirror an image with probability 1/2.
     """
 
     def __init__(self, dataset, min_sizes=(800,), max_size=1333, flip=True):
@@ -470,43 +480,21 @@ class TrainingSet(Dataset):
         targets = []
         for index, seed in keys:
             # Hashed once more, so that what else the seed decides is independent of these draws.
-            min_size = self.min_sizes[image_seed(seed, 0, 0) % len(self.min_sizes)]
-            flip = self.flip and image_seed(seed, 0, 1) % 2 == 1
+            min_size = self.min_sizes[hash_of(seed, 0, 0) % len(self.min_sizes)]
+            flip = self.flip and hash_of(seed, 0, 1) % 2 == 1
             image, target = self.dataset.load(index, min_size, self.max_size, flip)
             images.append(image)
             targets.append(target | {"seed": seed})
         return images, targets
 
 
-def training_loader(
-    dataset,
-    images_per_gpu,
-    seed=0,
-    rank=0,
-    world_size=1,
-    workers=2,
-    start_iteration=0,
-    min_sizes=(800,),
-    max_size=1333,
-    flip=True,
-):
-    """An endless iterator over this process's batches: (images, targets) as in `TrainingSet`."""
-    sampler = BatchSampler(dataset, images_per_gpu, seed, rank, world_size, start_iteration)
-    return read_ahead(TrainingSet(dataset, min_sizes, max_size, flip), workers, sampler)
+def read_ahead(dataset, workers, keys):
+    """An iterator over dataset[key] for each of the keys, which `workers` processes compute ahead.
 
-
-def read_ahead(dataset, workers, sampler=None):
-    """An iterator over dataset[key] for each key of the sampler (without one: 0, 1, 2, ...).
-
-    `workers` processes compute the next items ahead; the memory is pinned where there is CUDA.
-    Raises UserError in this process if a worker cannot read an item, or lacks shared memory or file
-    descriptors.
+    The memory is pinned where there is CUDA. Raises UserError in this process if a worker cannot
+    read an item, or lacks shared memory or file descriptors.
     """
-    init = worker_init if workers else None
-    pin = torch.cuda.is_available()
-    loader = DataLoader(
-        dataset, None, sampler=sampler, num_workers=workers, pin_memory=pin, worker_init_fn=init
-    )
+    loader = compute_ahead(dataset, workers, keys, pin=torch.cuda.is_available())
     try:
         yield from loader
     except (OSError, RuntimeError, UserError) as error:
@@ -518,10 +506,31 @@ def read_ahead(dataset, workers, sampler=None):
 
 # ---- Worker processes ----------------------------------------------------------------------------
 
+
 TOO_LITTLE = (
     "The loading processes have failed ({}); give them more shared memory (docker run "
     "--shm-size=8g) or file descriptors (ulimit -n), or do without them (--workers 0)."
 )
+
+
+class Computed(Dataset):
+    """computed[key] is function(key)."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, key):
+        return self.function(key)
+
+
+def compute_ahead(dataset, workers, keys, pin=False):
+    """dataset[key] of each key, in order, computed by `workers` processes.
+
+    Keys are taken two a worker ahead, in this process, and may come from a generator. An item may
+    be a whole batch: hence no batch_size.
+    """
+    settings = {"num_workers": workers, "pin_memory": pin, "worker_init_fn": worker_init}
+    return DataLoader(dataset, batch_size=None, sampler=keys, **settings)
 
 
 def worker_init(_):
@@ -633,7 +642,7 @@ CONVERT = "convert a data set of another layout with tools/to_coco.py"
 
 
 def read_coco(file, masks=False, keypoints=False):
-    """The content of a COCO annotation file, as in `complete_coco`."""
+    """The content of a COCO annotation file, as `complete_coco` returns it."""
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
@@ -644,7 +653,7 @@ def read_coco(file, masks=False, keypoints=False):
 
 
 def read_voc(root, splits):
-    """Lists and annotations of VOC's devkit as the content of a COCO file, as in `complete_coco`.
+    """Lists and annotations of VOC's devkit in the form of a COCO file, by `complete_coco`.
 
     Annotations have one field more than COCO's: "difficult".
     """
@@ -668,8 +677,8 @@ def read_voc(root, splits):
                     x1, y1 = x1 - 1, y1 - 1  # VOC counts pixels from 1 and includes the last one
                     difficult = int(entry.findtext("difficult", "0").strip() == "1")
                     annotation = {"id": len(annotations) + 1, "image_id": image["id"]}
-                    name = entry.findtext("name").strip()
-                    annotation["category_id"] = VOC_CLASSES.index(name) + 1
+                    class_name = entry.findtext("name").strip()
+                    annotation["category_id"] = VOC_CLASSES.index(class_name) + 1
                     annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
                     annotation["iscrowd"] = annotation["difficult"] = difficult
                     annotations.append(annotation)

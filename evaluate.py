@@ -5,7 +5,7 @@
     python evaluate.py --weights FILE --export SMALL            the weights alone, for sharing
 
 In reading order: prediction on an image (`predict`), test-time augmentation, metrics over all
-processes (`evaluate`), pictures (`draw`), command line. The plumbing at the end is train.py's, too.
+processes (`evaluate`), pictures (`draw`), command line. train.py uses the plumbing at the end, too.
 """
 
 import signal
@@ -35,7 +35,6 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import DataLoader, Dataset
 from torchvision import ops
 from torchvision import utils as drawing
 from tqdm import tqdm
@@ -52,8 +51,8 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
 
     model: a MaskRCNN, in whatever mode; image: the path of a file, an array [H, W, 3] or a tensor
     [3, H, W], RGB, uint8 or float in [0, 1]; min_size, max_size: what the network sees has a
-    shorter side of min_size pixels, unless the longer one exceeds max_size (None: as in training);
-    tta: test-time augmentation.
+    shorter side of min_size pixels, unless the longer one exceeds max_size (None: the sizes stored
+    with the weights); tta: test-time augmentation.
 
     Returns a dict on the CPU, best score first, all in the pixels of this image: `boxes` [N, 4]
     float xyxy, `labels` [N] int64 (1..K), `scores` [N], `masks` [N, H, W] bool (of a model with
@@ -66,11 +65,11 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
         # A copy, since torch refuses the negative strides of bgr[..., ::-1].
         image = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
     check_images([image])
-    size = tuple(image.shape[1:])
     with evaluation_mode(model):
-        detections = detect(model, image, size, min_size, max_size, tta)
+        detections = resize_and_detect(model, image, min_size, max_size, tta)
     if "masks" in detections:
-        detections["masks"] = paste_masks(detections["masks"], detections["boxes"], *size)
+        height, width = image.shape[1:]
+        detections["masks"] = paste_masks(detections["masks"], detections["boxes"], height, width)
     return detections
 
 
@@ -85,20 +84,25 @@ def evaluation_mode(model):
         model.train(training)
 
 
-def detect(model, image, size, min_size=None, max_size=None, tta=False):
-    """Detections in an image of `size` (H, W), as in `to_image`; the model is in evaluation mode.
+def resize_and_detect(model, image, min_size=None, max_size=None, tta=False):
+    """Detections in an image [3, H, W] of any size, as from `to_image`; arguments as in `predict`.
 
-    image: [3, H, W], or (without tta) already resized for the network; the rest as in `predict`.
+    The model is in evaluation mode.
     """
+    size = tuple(image.shape[1:])
     min_size = min_size or model.data_settings["min_size"]
     max_size = max_size or model.data_settings["max_size"]
-    resized = data.resize_shape(*size, min_size, max_size)
     if tta:
-        found = detect_augmented(model, image, tta_views(size, min_size, max_size))
-    else:
-        image = data.resize_image(image, *resized)
-        (found,) = model([image.to(model.image_mean.device)])
-    return to_image(found, resized, size)
+        views = tta_views(size, min_size, max_size)
+        return to_image(detect_augmented(model, image, views), views[0][0], size)
+    resized = data.resize_image(image, *data.resize_shape(*size, min_size, max_size))
+    return detect(model, resized, size)
+
+
+def detect(model, image, size):
+    """Detections in an image [3, h, w] resized for the network, in the pixels of its own `size`."""
+    (detections,) = model([image.to(model.image_mean.device)])
+    return to_image(detections, image.shape[1:], size)
 
 
 def to_image(detections, resized, size):
@@ -107,16 +111,15 @@ def to_image(detections, resized, size):
     Boxes are clipped, those without area dropped; `masks` stay the probabilities [N, 28, 28] of the
     box. Returns tensors on the CPU.
     """
-    found = {name: value.cpu() for name, value in detections.items()}
-    for name in found.keys() - {"labels"}:
-        found[name] = found[name].float()  # from amp's bfloat16
-    boxes = data.resize_boxes(found["boxes"], resized, size, flip=False)
-    found["boxes"] = ops.clip_boxes_to_image(boxes, size)
-    if "keypoints" in found:
+    # float32 again, where amp made them bfloat16
+    moved = {k: v.cpu() if k == "labels" else v.cpu().float() for k, v in detections.items()}
+    boxes = data.resize_boxes(moved["boxes"], resized, size, flip=False)
+    moved["boxes"] = ops.clip_boxes_to_image(boxes, size)
+    if "keypoints" in moved:
         scale = torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
-        found["keypoints"] = found["keypoints"] * scale
-    kept = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(dim=1)
-    return {name: value[kept] for name, value in found.items()}
+        moved["keypoints"] = moved["keypoints"] * scale
+    kept = (moved["boxes"][:, 2:] > moved["boxes"][:, :2]).all(dim=1)
+    return {name: value[kept] for name, value in moved.items()}
 
 
 def paste_masks(masks, boxes, height, width):
@@ -179,21 +182,21 @@ def detect_augmented(model, image, views):
     1) Scores and boxes of all views are united *before* score threshold and NMS: the views compete
        like the proposals of one image.
     2) Threshold and NMS as usual, then box voting.
-    3) Masks are read for the final boxes in every view and averaged as probabilities. Features are
-       computed anew for that, since those of 18 views would fill a GPU.
+    3) Masks are read for the final boxes in every view and averaged as probabilities.
     """
     refuse_keypoints(model)
     own, _ = views[0]
-    scores = []
-    boxes = []
+    features, scores, boxes = [], [], []  # of each view
     for shape, flip in views:
-        features, sizes = view_features(model, image, shape, flip)
-        proposals, valid = model.proposals(features, sizes)
-        view_scores, view_boxes = model.box_predictions(features, proposals, valid, sizes)[0]
+        view = data.resize_image(image, *shape)
+        view = view.flip(-1) if flip else view
+        batch, sizes = model.batch([view.to(model.image_mean.device)])
+        features.append(model.features(batch))
+        proposals, valid = model.proposals(features[-1], sizes)
+        [(view_scores, view_boxes)] = model.box_predictions(features[-1], proposals, valid, sizes)
         scores.append(view_scores)  # [P, K + 1]
         moved = data.resize_boxes(view_boxes.flatten(0, 1), shape, own, flip)
         boxes.append(moved.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
-        del features  # before those of the next view are computed
     scores = torch.cat(scores)
     boxes = torch.cat(boxes)
 
@@ -203,29 +206,18 @@ def detect_augmented(model, image, views):
         return detections
 
     masks = 0
-    for shape, flip in views:
-        features, _ = view_features(model, image, shape, flip)
+    for (shape, flip), view_features in zip(views, features):
         moved = data.resize_boxes(detections["boxes"], own, shape, flip)
-        view_masks = model.mask_probabilities(features, [moved], [detections["labels"]])[0]
+        [view_masks] = model.mask_probabilities(view_features, [moved], [detections["labels"]])
         masks = masks + (view_masks.flip(-1) if flip else view_masks)
-        del features
     detections["masks"] = masks / len(views)
     return detections
 
 
 def refuse_keypoints(model):
-    """Raise UserError for a model with keypoints: the paper augments boxes and masks only."""
+    """Raise UserError for a model with keypoints: the paper augments the others (Choice 12)."""
     if model.config.keypoints:
         raise UserError("Keypoint models have no test-time augmentation; leave out --tta.", code=2)
-
-
-def view_features(model, image, shape, flip):
-    """Features of one view of an image [3, H, W], and the sizes of that batch of one image."""
-    resized = data.resize_image(image, *shape)
-    if flip:
-        resized = resized.flip(-1)
-    batch, sizes = model.batch([resized.to(model.image_mean.device)])
-    return model.features(batch), sizes
 
 
 def vote_boxes(detections, scores, boxes, score_threshold):
@@ -244,7 +236,7 @@ def vote_boxes(detections, scores, boxes, score_threshold):
         candidates = boxes[voters, min(label, boxes.shape[1]) - 1]  # cascade: one for all classes
         agree = ops.box_iou(voted[kept], candidates) >= TTA_VOTE_IOU
         weights = agree * scores[voters, label]
-        total = weights.sum(dim=1, keepdim=True)
+        total = weights.sum(dim=1, keepdim=True)  # 0: a box without area, of IoU 0 with itself
         mean = weights @ candidates / total.clamp(min=1e-12)
         voted[kept] = torch.where(total > 0, mean, voted[kept])
     return voted
@@ -294,18 +286,19 @@ def evaluate(
     positions = range(rank, len(dataset), world_size)
     device = model.image_mean.device.type
     with evaluation_mode(model), torch.autocast(device, torch.bfloat16, enabled=amp):
-        found = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
-    shares = [found] * world_size
+        share = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
+    shares = [share]
     if distributed:  # not through files: machines need not share a file system
-        dist.gather_object(found, shares if rank == 0 else None)
+        shares = [None] * world_size if rank == 0 else None
+        dist.gather_object(share, shares)
     metrics = [None]
     if rank == 0:
-        found = {image_id: results for share in shares for image_id, results in share.items()}
-        if found.keys() != set(dataset.image_ids):
+        by_image = {image_id: results for share in shares for image_id, results in share.items()}
+        if by_image.keys() != set(dataset.image_ids):
             raise UserError("The processes see different data sets; give them the same --data.")
         # In the data set's order: the files do not depend on the number of processes.
-        results = [result for image_id in dataset.image_ids for result in found[image_id]]
-        metrics = [score(model, dataset, truth, results, out, per_class, workers)]
+        results = [result for image_id in dataset.image_ids for result in by_image[image_id]]
+        metrics = [write_and_measure(model, dataset, truth, results, out, per_class, workers)]
     if distributed:
         dist.broadcast_object_list(metrics)
     return metrics[0]
@@ -313,13 +306,15 @@ def evaluate(
 
 def check_classes(model, dataset):
     """Raise UserError if the model is for other classes than those of the data set."""
-    trained = model.data_settings["classes"] or dataset.classes
-    if (model.config.num_classes, trained) != (len(dataset.classes), dataset.classes):
-        different = sorted(set(trained) ^ set(dataset.classes))[:5]
-        raise UserError(
-            f"{dataset.annotation_file} has {len(dataset.classes)} classes, the weights are for "
-            f"{model.config.num_classes} (different: {', '.join(different) or 'order'})."
-        )
+    advice = (
+        "metrics need the same ones. To see the detections anyway, use --images; to train for "
+        "these classes, use train.py --init"
+    )
+    named = model.data_settings["classes"] or dataset.classes  # None: weights of other projects
+    data.check_classes(dataset, named, "the weights", advice)
+    if model.config.num_classes != len(named):
+        numbers = f"has {len(named)} classes, the weights have {model.config.num_classes}"
+        raise UserError(f"{dataset.annotation_file} {numbers}; {advice}.")
 
 
 def detect_all(model, dataset, positions, tta, workers, progress):
@@ -330,42 +325,22 @@ def detect_all(model, dataset, positions, tta, workers, progress):
     through GroupNorm, the padding would make a result depend on its neighbours.
     """
     images = copy.copy(dataset)
-    images.masks = images.keypoints = False  # the objects to find are pycocotools' business
+    images.masks = images.keypoints = False  # the objects to find: pycocotools reads them itself
     sizes = {} if tta else {key: model.data_settings[key] for key in ("min_size", "max_size")}
-    loaded = data.read_ahead(Mapped(functools.partial(images.load, **sizes)), workers, positions)
+    load = data.Computed(functools.partial(images.load, **sizes))
 
     def detections():
-        for i, (image, _) in zip(positions, loaded):
+        for i, (image, _) in zip(positions, data.read_ahead(load, workers, positions)):
             size = int(dataset.heights[i]), int(dataset.widths[i])
-            found = detect(model, image, size, tta=tta)
+            tensors = (
+                resize_and_detect(model, image, tta=True) if tta else detect(model, image, size)
+            )
             # As numpy: tensors would travel through shared memory, of which there may be little.
-            arrays = {name: value.numpy() for name, value in found.items()}
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             yield dataset.image_ids[i], arrays, size, dataset.category_ids
 
-    results = map_in_workers(coco_results, detections(), workers)
+    results = data.compute_ahead(data.Computed(coco_results), workers, detections())
     return dict(tqdm(results, "evaluate", len(positions), leave=False, disable=not progress))
-
-
-class Mapped(Dataset):
-    """mapped[item] is function(item)."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __getitem__(self, item):
-        return self.function(item)
-
-
-def map_in_workers(function, items, workers):
-    """function(item) of each item, in order, computed by processes.
-
-    A DataLoader is such a map, if its "indices" are the items. They are taken two a worker ahead,
-    in this process, and may come from a generator.
-    """
-    init = data.worker_init if workers else None
-    return DataLoader(
-        Mapped(function), None, sampler=items, num_workers=workers, worker_init_fn=init
-    )
 
 
 def coco_results(item):
@@ -398,7 +373,7 @@ def coco_results(item):
 RESULTS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # kind -> its field
 
 
-def score(model, dataset, truth, results, out, per_class, workers):
+def write_and_measure(model, dataset, truth, results, out, per_class, workers):
     """Write the files of results and compute the metrics, as `evaluate` returns them."""
     metrics = {}
     used = {"bbox": True, "segm": model.config.masks, "keypoints": model.config.keypoints}
@@ -426,10 +401,10 @@ def coco_metrics(truth, results, kind, dataset, workers=0):
     truth: a pycocotools COCO object; results: list of dicts in COCO's submission format; kind:
     "bbox", "segm" or "keypoints"; workers: processes that share the classes. None: no such object.
     """
-    found = by_category(results, dataset)
+    by_class = by_category(results, dataset)
     precision_of = functools.partial(class_precision, truth, kind, list(dataset.image_ids))
-    classes = list(map_in_workers(precision_of, list(found.items()), workers))
-    precision = torch.stack(classes, dim=2).numpy()  # [IoU thresholds, recalls, classes, areas]
+    precisions = list(data.compute_ahead(data.Computed(precision_of), workers, [*by_class.items()]))
+    precision = torch.stack(precisions, dim=2).numpy()  # [IoU thresholds, recalls, classes, areas]
     metrics = {
         "AP": percent(precision[..., 0]),
         "AP50": percent(precision[0, ..., 0]),
@@ -437,7 +412,7 @@ def coco_metrics(truth, results, kind, dataset, workers=0):
     }
     for area, letter in enumerate("ml" if kind == "keypoints" else "sml", start=1):
         metrics[f"AP{letter}"] = percent(precision[..., area])
-    values = [percent(precision[:, :, k, 0]) for k in range(len(found))]
+    values = [percent(precision[:, :, k, 0]) for k in range(len(by_class))]
     return metrics | {"per_class": dict(zip(dataset.classes, values))}
 
 
@@ -449,25 +424,26 @@ def class_precision(truth, kind, image_ids, item):
     category_id, results = item
     with contextlib.redirect_stdout(io.StringIO()):
         if results:  # copies, since loadRes writes into the dicts that it is given
-            found = truth.loadRes([dict(result) for result in results])
+            detections = truth.loadRes([dict(result) for result in results])
         else:
-            found = COCO()  # loadRes cannot read an empty list
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        scorer = COCOeval(truth, found, kind)
+            detections = COCO()  # loadRes cannot read an empty list
+            detections.dataset = {**truth.dataset, "annotations": []}
+            detections.createIndex()
+        scorer = COCOeval(truth, detections, kind)
         scorer.params.imgIds = image_ids
         scorer.params.catIds = [category_id]
         scorer.evaluate()
         scorer.accumulate()
-    return torch.from_numpy(scorer.eval["precision"][:, :, 0, :, -1])  # -1: with 100 detections
+    precision = scorer.eval["precision"][:, :, 0]  # [IoU thresholds, recalls, areas, limits]
+    return torch.from_numpy(precision[..., -1])  # the last limit: 100 detections (keypoints: 20)
 
 
 def by_category(objects, dataset):
     """{category id: its results or annotations} for each category of the data set."""
-    found = {category_id: [] for category_id in dataset.category_ids}
+    by_class = {category_id: [] for category_id in dataset.category_ids}
     for one in objects:
-        found[one["category_id"]].append(one)
-    return found
+        by_class[one["category_id"]].append(one)
+    return by_class
 
 
 def percent(values):
@@ -479,8 +455,9 @@ def percent(values):
 
 def voc_metrics(truth, results, dataset):
     """{"mAP50": mean of `voc_average_precision` over the classes, "per_class": {class: AP50}}."""
-    found, objects = (by_category(x, dataset) for x in (results, truth.dataset["annotations"]))
-    values = [voc_average_precision(found[k], objects[k]) for k in dataset.category_ids]
+    results = by_category(results, dataset)
+    objects = by_category(truth.dataset["annotations"], dataset)
+    values = [voc_average_precision(results[k], objects[k]) for k in dataset.category_ids]
     per_class = dict(zip(dataset.classes, [percent([value]) for value in values]))
     return {"mAP50": percent(values), "per_class": per_class}
 
@@ -615,14 +592,14 @@ def draw_files(model, paths, out, score=0.5, tta=False):
         try:
             image = data.read_image(path)
             with evaluation_mode(model):  # masks stay small: a huge image's would take gigabytes
-                found = detect(model, image, tuple(image.shape[1:]), tta=tta)
-            pixels = draw(image, found, model.data_settings["classes"], score).permute(1, 2, 0)
+                detections = resize_and_detect(model, image, tta=tta)
+            pixels = draw(image, detections, model.data_settings["classes"], score)
             picture.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.numpy()).save(picture)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture)
         except Exception as error:
             print(f"No picture of {path}: {data.first_line(error)}", file=sys.stderr)
         else:
-            yield path, picture, found
+            yield path, picture, detections
 
 
 def save_pictures(model, dataset, out, count=8):
@@ -684,10 +661,10 @@ def make_parser():
     add("--weights", metavar="FILE", required=True, help="a checkpoint of train.py")
     add("--out", metavar="DIR", help="folder for results (--data) or pictures (--images: .)")
     add("--split", default="val2017", help="which part of --data (val2017)")
-    add("--tta", action="store_true", help="test-time augmentation: 18 views, about 40x the time")
+    add("--tta", action="store_true", help="test-time augmentation: 18 views, about 20x the time")
     add("--amp", action="store_true", help="bfloat16: faster on a GPU, slightly other numbers")
     add("--per-class", action="store_true", help="AP of each class of --data, too")
-    add("--score", type=float, default=0.5, help="lowest score shown with --images (0.5)")
+    add("--score", type=float, default=0.5, help="--images: the least score that is shown (0.5)")
     add("--workers", type=int, default=2, help="processes for --data that decode images (2)")
     add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
     return parser
@@ -697,10 +674,12 @@ def detect_in_images(args, model):
     """`--images`: a table of detections for each image, and its picture in the folder --out."""
     paths = find_images(args.images)
     drawn = 0
-    for path, picture, found in draw_files(model, paths, args.out or ".", args.score, args.tta):
+    drawings = draw_files(model, paths, args.out or ".", args.score, args.tta)
+    for path, picture, detections in drawings:
         drawn += 1
         print(f"{path} -> {picture}")
-        for label, score, box in zip(found["labels"], found["scores"], found["boxes"].tolist()):
+        boxes = detections["boxes"].tolist()
+        for label, score, box in zip(detections["labels"], detections["scores"], boxes):
             if score >= args.score:
                 name = class_name(label, model.data_settings["classes"])
                 print(f"  {name:20}{score:6.2f}" + "".join(f"{corner:9.1f}" for corner in box))
@@ -711,15 +690,15 @@ def detect_in_images(args, model):
 def find_images(paths):
     """The image files of paths and folders, without those that `draw_files` made."""
     formats = Image.registered_extensions()
-    found = []
+    files = []
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         inside = [p for p in inside if formats.get(p.suffix.lower()) in data.IMAGE_FORMATS]
         inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
         if path.is_dir() and not inside:
             raise UserError(f"There is no image in the folder {path}.")
-        found += inside or [path]
-    return found
+        files += inside or [path]
+    return files
 
 
 def export(weights, output):
@@ -813,6 +792,9 @@ def run_command(name, function, arguments=None):
         return code
     except (UserError, WeightsError, ImportError) as error:
         message, code = str(error), getattr(error, "code", 1)
+    except torch.cuda.OutOfMemoryError:
+        message = "the GPU's memory is too small for this step; use --images-per-gpu 1, --amp or "
+        message, code = message + "--recompute, or smaller min_sizes", 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough

@@ -470,10 +470,15 @@ def compile_parts(model):
 
 
 def make_loader(recipe, args, train_set, iteration):
-    """The batches of this process from `iteration` on, without end."""
-    share = recipe.images_per_gpu, args.seed, *rank_and_size(), args.workers
-    images = recipe.min_sizes, recipe.max_size, recipe.flip
-    return data.training_loader(train_set, *share, iteration, *images)
+    """The batches of this process from `iteration` on, without end.
+
+    The route of the seed is told in data.py, above `hash_of`.
+    """
+    rank, world_size = rank_and_size()
+    share = {"rank": rank, "world_size": world_size, "start_iteration": iteration}
+    sampler = data.BatchSampler(train_set, recipe.images_per_gpu, args.seed, **share)
+    images = data.TrainingSet(train_set, recipe.min_sizes, recipe.max_size, recipe.flip)
+    return data.read_ahead(images, args.workers, sampler)
 
 
 def to_device(images, targets, device):
@@ -676,7 +681,7 @@ def grow_to_cascade(model, optimizer, recipe):
 #   log_bytes   save_checkpoint, Log.sync       Log.__init__, which cuts the log to this length
 #
 # Which images make a batch, their flips, and the sampling of anchors and RoIs are functions of
-# (seed, iteration, position in the batch): data.py, above `image_seed`.
+# (seed, iteration, position in the batch): data.py, above `hash_of`.
 
 
 def checkpoint_path(out, iteration):
@@ -924,7 +929,7 @@ def make_datasets(recipe, args):
     chosen = {"subset": recipe.subset, "keep_empty": recipe.keep_empty}
     train_set = data.open_split(root, args.train_split, training=True, **kind, **chosen)
     val_set = data.open_split(root, args.val_split, **kind)
-    data.check_same_classes(train_set, val_set)
+    data.check_classes(val_set, train_set.classes, train_set.annotation_file)
     check_epochs(recipe, args, len(train_set))
     return train_set, val_set
 

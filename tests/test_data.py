@@ -1,7 +1,5 @@
 """data.py: geometry, reading, bad input, sampler, loader, worker processes, real COCO images."""
 
-import copy
-import io
 import itertools
 import json
 import os
@@ -60,23 +58,14 @@ def check_sentence(caught, *named):
 def write_coco(folder, width=60, height=40, **changes):
     """A data set of one grey image (id 7) with one object (id 5) -> CocoDataset's two paths."""
     Image.new("RGB", (width, height), (90, 90, 90)).save(folder / "a.png")
+    thing = {"id": 5, "image_id": 7, "category_id": 3, "bbox": [10, 10, 20, 8], "area": 160}
+    thing |= {"iscrowd": 0, "segmentation": [[10, 10, 30, 10, 30, 18, 10, 18]]}
     content = {
         "images": [{"id": 7, "file_name": "a.png", "width": width, "height": height}],
         "categories": [{"id": 3, "name": "person"}],
-        "annotations": [
-            {
-                "id": 5,
-                "image_id": 7,
-                "category_id": 3,
-                "bbox": [10, 10, 20, 8],
-                "area": 160,
-                "iscrowd": 0,
-                "segmentation": [[10, 10, 30, 10, 30, 18, 10, 18]],
-            }
-        ],
+        "annotations": [thing],
     }
-    content.update(copy.deepcopy(changes))
-    (folder / "coco.json").write_text(json.dumps(content))
+    (folder / "coco.json").write_text(json.dumps(content | changes))
     return folder, folder / "coco.json"
 
 
@@ -125,18 +114,9 @@ def test_image_box_mask_and_keypoints_move_together(tmp_path, min_size, flip):
     rle = coco_mask.encode(mask)
     rle["counts"] = rle["counts"].decode()
     polygon = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-    keypoints = [0, 0, 0, x1, y1, 2, x2 - 1, y2 - 1, 1] + [0] * 42
-    objects = [
-        {
-            "id": k,
-            "image_id": 7,
-            "category_id": 3,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "keypoints": keypoints,
-            "segmentation": segmentation,
-        }
-        for k, segmentation in enumerate((polygon, rle))
-    ]
+    thing = {"image_id": 7, "category_id": 3, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+    thing["keypoints"] = [0, 0, 0, x1, y1, 2, x2 - 1, y2 - 1, 1] + [0] * 42
+    objects = [{"id": k, "segmentation": s} | thing for k, s in enumerate((polygon, rle))]
     paths = write_coco(tmp_path, width, height, annotations=objects)
     Image.fromarray(mask * np.uint8(255)).save(tmp_path / "a.png")
 
@@ -162,12 +142,10 @@ def test_image_box_mask_and_keypoints_move_together(tmp_path, min_size, flip):
 
 
 def test_keypoint_flip_swaps_left_and_right():
-    names = [data.KEYPOINT_NAMES[k] for k in data.KEYPOINT_FLIP]
-    swapped = [
-        name.replace("left", "L").replace("right", "left").replace("L", "right")
-        for name in data.KEYPOINT_NAMES
-    ]
-    assert names == swapped
+    other = {"left": "right", "right": "left"}
+    for name, k in zip(data.KEYPOINT_NAMES, data.KEYPOINT_FLIP):
+        side, _, part = name.partition("_")
+        assert data.KEYPOINT_NAMES[k] == (f"{other[side]}_{part}" if part else name)
 
 
 def check_masks(dataset):
@@ -197,41 +175,25 @@ def test_masks_of_generated_images_are_pycocotools(toy):
 # ---- Reading images
 
 
-def picture(mode):
-    """A 16 x 16 image of a mode that should be read as the colour given with it."""
-    if mode == "I;16":
-        return Image.fromarray(np.full((16, 16), 100 * 257, dtype=np.uint16)), (100, 100, 100)
-    if mode in ("L", "LA"):
-        return Image.new("L", (16, 16), 100).convert(mode), (100, 100, 100)
-    if mode == "1":
-        return Image.new("1", (16, 16), 1), (255, 255, 255)
-    if mode == "RGBA":
-        return Image.new("RGBA", (16, 16), (10, 100, 200, 30)), (10, 100, 200)
-    image = Image.new("RGB", (16, 16), (10, 100, 200))
-    return image.quantize() if mode == "P" else image.convert(mode), (10, 100, 200)
-
-
 @pytest.mark.parametrize(
-    "mode, suffix",
-    [
-        ("RGB", "png"),
-        ("L", "png"),
-        ("LA", "png"),
-        ("1", "png"),
-        ("P", "png"),
-        ("RGBA", "png"),
-        ("I;16", "png"),
-        ("I;16", "tiff"),
-        ("CMYK", "jpg"),
-        ("CMYK", "tiff"),
-        ("L", "jpg"),
-    ],
+    "name",
+    "RGB.png RGBA.png P.png CMYK.jpg CMYK.tiff L.png L.jpg LA.png 1.png I16.png I16.tiff".split(),
 )
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
-    image, color = picture(mode)
-    path = tmp_path / f"image.{suffix}"
-    image.save(path)
-    read = data.read_image(path, 16, 16)
+def test_every_kind_of_image_becomes_rgb(tmp_path, name):
+    mode = name.partition(".")[0]
+    image, color = Image.new("RGB", (16, 16), (10, 100, 200)), (10, 100, 200)
+    if mode in ("L", "LA", "I16"):
+        image, color = Image.new("L", (16, 16), 100), (100, 100, 100)
+    if mode == "1":
+        image, color = Image.new("1", (16, 16), 1), (255, 255, 255)
+    elif mode == "I16":
+        image = Image.fromarray(np.full((16, 16), 100 * 257, dtype=np.uint16))
+    else:
+        image = image.quantize() if mode == "P" else image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(30)
+    image.save(tmp_path / name)
+    read = data.read_image(tmp_path / name, 16, 16)
     assert read.dtype == torch.uint8 and read.shape == (3, 16, 16)
     error = (read.int() - torch.tensor(color)[:, None, None]).abs().max()
     assert error <= 3  # JPEG
@@ -257,69 +219,47 @@ def test_annotated_size_decides_on_the_exif_orientation(tmp_path):
 def make_bad_image(folder, kind):
     """Puts an unreadable a.png into folder -> the file name to annotate."""
     path = folder / "a.png"
+    outside = folder.parent / f"{folder.name}-outside.png"
     if kind == "truncated":
         noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-        stream = io.BytesIO()
-        Image.fromarray(noise).save(stream, "PNG")
-        path.write_bytes(stream.getvalue()[:-3000])
-    elif kind == "noimage":
-        path.write_text("hello")
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:-3000])
     elif kind == "bomb":  # a header that promises 10,000 x 10,000 pixels, of which PIL only warns
-        stream = io.BytesIO()
-        Image.new("1", (8, 8)).save(stream, "PNG")
-        header = bytearray(stream.getvalue())
+        Image.new("1", (8, 8)).save(path)
+        header = bytearray(path.read_bytes())
         header[16:24] = (10_000).to_bytes(4, "big") * 2
         header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
         path.write_bytes(header)
+    elif kind == "noimage":
+        path.write_text("hello")
     elif kind == "postscript":
         path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\nshowpage\n")
     elif kind == "missing":
         path.unlink()
     elif kind == "link":
-        outside = folder.parent / (folder.name + "-outside.png")
         path.rename(outside)
         path.symlink_to(outside)
     elif kind == "dots":
-        (folder.parent / (folder.name + "-b.png")).write_bytes(path.read_bytes())
-        return f"../{folder.name}-b.png"
-    elif kind == "absolute":
-        return "/etc/hostname"
-    elif kind == "null":
-        return "a\0.png"
-    return "a.png"
+        path.rename(outside)
+        return f"../{outside.name}"
+    return {"absolute": "/etc/hostname", "null": "a\0.png"}.get(kind, "a.png")
 
 
 @pytest.mark.parametrize(
-    "kind",
-    "truncated noimage bomb postscript missing link dots absolute null".split(),
+    "kind", "truncated noimage bomb postscript missing link dots absolute null".split()
 )
 def test_bad_image_files(tmp_path, kind):
     write_coco(tmp_path)
     name = make_bad_image(tmp_path, kind)
     image = {"id": 7, "file_name": name, "width": 60, "height": 40}
     (tmp_path / "coco.json").write_text(json.dumps({"images": [image], "categories": []}))
+    reason = {"bomb": "pixels", "link": "lies outside", "dots": "lies outside", "null": "file_name"}
     with pytest.raises(UserError) as caught:
         CocoDataset(tmp_path, tmp_path / "coco.json")[0]
-    check_sentence(caught, str(tmp_path), "mage 7")
-    reason = {"bomb": "pixels", "link": "lies outside", "dots": "lies outside", "null": "file_name"}
-    assert reason.get(kind, "") in str(caught.value)
+    check_sentence(caught, str(tmp_path), "mage 7", reason.get(kind, ""))
 
 
 # ---- COCO
-
-
-def changed(path, value):
-    """A function that sets content[path[0]][path[1]]... to value, or deletes it for DELETE."""
-
-    def change(content):
-        for key in path[:-1]:
-            content = content[key]
-        if value is DELETE:
-            del content[path[-1]]
-        else:
-            content[path[-1]] = value
-
-    return change
 
 
 DELETE = object()
@@ -345,7 +285,7 @@ RLE = {"size": [40, 60], "counts": [100, 300, 2000]}
         (("images",), [{"id": 7, "file_name": "a.png", "width": 60, "height": 40}] * 2, "twice"),
         (("categories", 0, "name"), "\ud800", "category 3 name"),
         (("categories",), [{"id": 3, "name": "dog"}, {"id": 4, "name": "dog"}], "category 4 dog"),
-        (("annotations",), DELETE, "no image"),
+        (("annotations",), DELETE, "0 objects"),
         ((*OBJECT, "id"), DELETE, "annotation image 7 id"),
         ((*OBJECT, "image_id"), 8, "annotation 5 of image 8"),
         ((*OBJECT, "image_id"), [7], "annotation 5 image_id"),
@@ -378,11 +318,16 @@ RLE = {"size": [40, 60], "counts": [100, 300, 2000]}
 @pytest.mark.parametrize("training", [True, False])
 def test_bad_annotations(tmp_path, path, value, named, training):
     folder, annotation_file = write_coco(tmp_path)
-    content = json.loads(annotation_file.read_text())
-    changed(path, value)(content)
+    content = part = json.loads(annotation_file.read_text())
+    for key in path[:-1]:
+        part = part[key]
+    if value is DELETE:
+        del part[path[-1]]
+    else:
+        part[path[-1]] = value
     annotation_file.write_text(json.dumps(content))
-    if path == ("annotations",) and not training:
-        assert CocoDataset(folder, annotation_file).num_objects == 0  # as COCO's test splits
+    if "objects" in named and not training:  # as COCO's test splits
+        assert CocoDataset(folder, annotation_file).num_objects == 0
         return
     with pytest.raises(UserError) as caught:
         dataset = CocoDataset(folder, annotation_file, training=training)
@@ -412,10 +357,13 @@ def test_no_coco_json(tmp_path, text):
     check_sentence(caught, str(tmp_path / "coco.json"))
 
 
-def test_other_layouts_are_referred_to_the_converter(tmp_path):
-    for folder in ("train", "valid"):  # Roboflow's export
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "_annotations.coco.json").write_text("{}")
+def test_splits_are_known_by_their_names_and_other_layouts_referred_to_the_converter(tmp_path):
+    for split in ("train", "my val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        _, annotation_file = write_coco(tmp_path / split)
+        annotation_file.rename(tmp_path / "annotations" / f"instances_{split}.json")
+        assert len(data.open_split(tmp_path, split)) == 1
     voc = tmp_path / "voc"  # VOC's layout without its years
     (voc / "Annotations").mkdir(parents=True)
     for root in (tmp_path, voc, ""):
@@ -424,28 +372,14 @@ def test_other_layouts_are_referred_to_the_converter(tmp_path):
         check_sentence(caught, "instances_train2017.json", "tools/to_coco.py")
 
 
-def test_every_split_is_known_by_its_name(tmp_path):
-    for split in ("train", "my val"):
-        (tmp_path / split).mkdir()
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        _, annotation_file = write_coco(tmp_path / split)
-        annotation_file.rename(tmp_path / "annotations" / f"instances_{split}.json")
-        assert len(data.open_split(tmp_path, split)) == 1
-    with pytest.raises(UserError) as caught:
-        data.open_split(tmp_path, "train2017")
-    check_sentence(caught, "instances_train2017.json")
-
-
 def test_classes_of_training_and_validation_must_be_the_same(tmp_path):
-    def dataset(*names):
-        categories = [{"id": 3 + k, "name": name} for k, name in enumerate(names)]
-        return CocoDataset(*write_coco(tmp_path, categories=categories))
-
-    data.check_same_classes(dataset("cat", "dog"), dataset("cat", "dog"))
-    for names, named in ((("cat",), "dog"), (("cat", "dig"), "dig"), (("dog", "cat"), "order")):
+    categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
+    dataset = CocoDataset(*write_coco(tmp_path, categories=categories))
+    data.check_classes(dataset, ["cat", "dog"], "train.json")
+    for names, named in ((["cat"], "dog"), (["cat", "dig"], "dig"), (["dog", "cat"], "order")):
         with pytest.raises(UserError) as caught:
-            data.check_same_classes(dataset("cat", "dog"), dataset(*names))
-        check_sentence(caught, str(tmp_path), named)
+            data.check_classes(dataset, names, "train.json")
+        check_sentence(caught, str(tmp_path), "train.json", named)
 
 
 def test_training_leaves_out_what_evaluation_keeps(tmp_path):
@@ -502,6 +436,9 @@ def test_objects_without_a_mask_are_left_out_of_training_and_counted(tmp_path):
     # Numbered from 1: COCOeval takes the id 0 for "no match".
     assert [truth.annToMask(truth.anns[k]).sum() for k in range(1, 7)] == [160, 160, 0, 0, 0, 0]
     assert CocoDataset(*paths, training=True, masks=False).num_objects == 6
+    paths = write_coco(tmp_path, annotations=[objects[0] | {"iscrowd": 1}, objects[2]])
+    with pytest.raises(UserError, match="2 objects in 1 images, 1 are crowds and 1 have no mask"):
+        CocoDataset(*paths, training=True)
 
 
 def test_large_images_with_many_objects_are_painted_at_the_size_needed(tmp_path):
@@ -509,10 +446,8 @@ def test_large_images_with_many_objects_are_painted_at_the_size_needed(tmp_path)
     square = [100, 100, 8100, 100, 8100, 8100, 100, 8100]
     thing = {"image_id": 7, "category_id": 3, "bbox": [100, 100, 8000, 8000]}
     objects = [{"id": k, **thing, "segmentation": [square]} for k in range(400)]
-    paths = write_coco(tmp_path, annotations=objects)
-    content = json.loads(paths[1].read_text())
-    content["images"][0] |= {"width": 9000, "height": 9000}
-    paths[1].write_text(json.dumps(content))
+    image = {"id": 7, "file_name": "a.png", "width": 9000, "height": 9000}
+    paths = write_coco(tmp_path, images=[image], annotations=objects)
     Image.new("L", (9000, 9000)).save(tmp_path / "a.png")
     tracemalloc.start()
     dataset = CocoDataset(*paths)
@@ -544,18 +479,19 @@ def take(iterator, count):
 
 
 def sizes(landscape, portrait):
-    return types.SimpleNamespace(
-        widths=np.array([4, 3] * 3 + [4] * (landscape - 3) + [3] * (portrait - 3)),
-        heights=np.array([3, 4] * 3 + [3] * (landscape - 3) + [4] * (portrait - 3)),
-    )
+    """A data set of so many images of each orientation, mixed."""
+    mixed = [(4, 3), (3, 4)] * min(landscape, portrait)
+    mixed += [(4, 3)] * (landscape - portrait) + [(3, 4)] * (portrait - landscape)
+    widths, heights = np.array(mixed).T
+    return types.SimpleNamespace(widths=widths, heights=heights)
 
 
-def test_image_seed_is_a_fixed_hash():
-    seeds = {data.image_seed(*key) for key in itertools.product(range(5), range(40), range(40))}
+def test_the_hash_is_fixed():
+    seeds = {data.hash_of(*key) for key in itertools.product(range(5), range(40), range(40))}
     assert len(seeds) == 5 * 40 * 40
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Written down once: another value would change every run that is resumed.
-    assert data.image_seed(0, 0, 0) == 1279368494785126216
+    assert data.hash_of(0, 0, 0) == 1279368494785126216
 
 
 def test_sampler_shows_every_image_once_an_epoch_in_groups_of_one_orientation():
@@ -587,19 +523,16 @@ def test_sampler_is_a_function_of_the_iteration_and_ranks_share_the_batch():
         assert together == [index for batch in whole[3 * i : 3 * i + 3] for index, _ in batch]
         # The random numbers depend on the place in the whole batch.
         seeds = [seed for r in range(3) for _, seed in ranks[r][i]]
-        assert seeds == [data.image_seed(1, i, position) for position in range(6)]
+        assert seeds == [data.hash_of(1, i, position) for position in range(6)]
     for r in range(3):
         later = data.BatchSampler(dataset, 2, seed=1, rank=r, world_size=3, start_iteration=7)
         assert take(later, 13) == ranks[r][7:]
 
 
 def test_sampler_with_fewer_images_than_a_group():
-    dataset = types.SimpleNamespace(widths=np.array([4, 4, 3]), heights=np.array([3, 3, 4]))
-    groups = take(data.BatchSampler(dataset, images_per_gpu=4), 2)
-    assert sorted(sorted(index for index, _ in group) for group in groups) == [
-        [0, 0, 1, 1],
-        [2, 2, 2, 2],
-    ]
+    groups = take(data.BatchSampler(sizes(landscape=2, portrait=1), images_per_gpu=4), 2)
+    groups = sorted(sorted(index for index, _ in group) for group in groups)
+    assert groups == [[0, 0, 2, 2], [1, 1, 1, 1]]
 
 
 def test_training_set_draws_by_the_seed(toy):
@@ -628,27 +561,24 @@ def same(a, b):
 
 
 def test_spawned_workers_load_the_same_batches_and_hand_errors_over(toy, tmp_path):
-    # Of 24 images, those of the first epoch's later half are removed: batches, then the error.
+    # Of 24 images, one that the first batches do not need is removed: batches, then the error.
     root = tmp_path / "toy"
     shutil.copytree(toy, root)
     dataset = open_split(root, kind="person_keypoints", training=True, keypoints=True)
-    options = dict(images_per_gpu=2, seed=5, min_sizes=(64, 96), max_size=128)
-    expected = take(data.training_loader(dataset, workers=0, **options), 3)
+    training_set = TrainingSet(dataset, min_sizes=(64, 96), max_size=128)
+    sampler = data.BatchSampler(dataset, 2, seed=5)
+    expected = take(data.read_ahead(training_set, 0, sampler), 3)
     images, targets = expected[0]
     assert [image.dtype for image in images] == [torch.uint8] * 2
     assert targets[0]["masks"].shape[1:] == images[0].shape[1:]
 
-    sampled = [
-        dataset.image_ids[index]
-        for batch in take(data.BatchSampler(dataset, 2, 5), 3)
-        for index, _ in batch
-    ]
+    sampled = [dataset.image_ids[index] for batch in take(sampler, 3) for index, _ in batch]
     assert sampled == [target["image_id"] for _, targets in expected for target in targets]
     missing = next(i for i in dataset.image_ids if i not in sampled)
     (root / "train2017" / f"{missing:012d}.jpg").unlink()
     try:
         torch.multiprocessing.set_start_method("spawn", force=True)
-        loader = data.training_loader(dataset, workers=2, **options)
+        loader = data.read_ahead(training_set, 1, sampler)
         assert same(take(loader, 3), expected)
         with pytest.raises(UserError) as caught:
             take(loader, 30)
@@ -666,13 +596,19 @@ def test_annotations_do_not_travel_to_the_workers(toy):
 # ---- Worker processes
 
 LOADING = """
-import multiprocessing, resource, sys, time
-import torch, data
-root, images_per_gpu, min_size, files = sys.argv[1], *map(int, sys.argv[2:])
+import multiprocessing, os, resource, sys
+import data
+root, images_per_gpu, min_size, *limits = sys.argv[1], *map(int, sys.argv[2:])
+for files in limits:  # of open files: each in a process of its own
+    if os.fork() == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        break
+else:
+    if limits:
+        sys.exit([os.wait() for _ in limits] == [])
 dataset = data.open_split(root, "train2017", training=True)
-if files:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-loader = data.training_loader(dataset, images_per_gpu, workers=2, min_sizes=(min_size,))
+sampler = data.BatchSampler(dataset, images_per_gpu)
+loader = data.read_ahead(data.TrainingSet(dataset, [min_size]), 2, sampler)
 kept = []
 try:
     for _ in range(3):
@@ -680,17 +616,16 @@ try:
 except data.UserError as error:
     sys.exit(f"UserError: {error}")
 print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+for _ in range(int(sys.stdin.readline())):
+    next(loader)
 """
 
 
-def start_loading(root, images_per_gpu, min_size, files=0, before=(), after=""):
-    arguments = [str(root), str(images_per_gpu), str(min_size), str(files)]
-    return subprocess.Popen(
-        [*before, sys.executable, "-c", LOADING + after, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_loading(root, images_per_gpu, min_size, *limits, before=()):
+    arguments = map(str, (root, images_per_gpu, min_size, *limits))
+    command = [*before, sys.executable, "-c", LOADING, *arguments]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, **pipes, text=True)
 
 
 def alive(pid):
@@ -720,16 +655,15 @@ def test_little_shared_memory_is_an_error_and_no_hang(toy):
     assert "--shm-size" in errors and "--workers 0" in errors
 
 
-@pytest.mark.parametrize("files", [14, 20, 40, 64])  # at the start; in a worker; in the reader
-def test_few_file_descriptors_are_an_error_and_no_hang(toy, files):
-    run = start_loading(toy, 8, 100, files)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and errors.count("UserError") == 1, errors
-    assert "ulimit -n" in errors and "--workers 0" in errors
+def test_few_file_descriptors_are_an_error_and_no_hang(toy):
+    run = start_loading(toy, 8, 100, 14, 20, 40, 64)  # at the start; in a worker; in the reader
+    _, errors = run.communicate(timeout=100)
+    assert errors.count("UserError") == 4, errors
+    assert errors.count("ulimit -n") == errors.count("--workers 0") == 4
 
 
 def test_workers_blocked_on_a_full_pipe_end_with_a_killed_main_process(toy):
-    run = start_loading(toy, 100, 32, after="time.sleep(60)")
+    run = start_loading(toy, 100, 32)
     workers = list(map(int, run.stdout.readline().split()))
     time.sleep(2)  # their queue fills
     assert len(workers) == 2 and all(map(alive, workers))
@@ -738,21 +672,15 @@ def test_workers_blocked_on_a_full_pipe_end_with_a_killed_main_process(toy):
     wait_until_gone(workers)
 
 
-def test_a_script_that_leaves_its_loader_open_ends(toy):
+def test_workers_leave_signals_to_the_main_process_and_end_with_it(toy):
     run = start_loading(toy, 2, 32)
-    output, errors = run.communicate(timeout=30)
-    assert run.returncode == 0, errors
-    wait_until_gone(map(int, output.split()))
-
-
-def test_workers_leave_signals_to_the_main_process(toy):
-    run = start_loading(toy, 2, 32, after="time.sleep(5)\nfor _ in range(20): next(loader)")
     workers = list(map(int, run.stdout.readline().split()))
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for pid in workers:
-            os.kill(pid, getattr(signal, name))
-    _, errors = run.communicate(timeout=60)
+            os.kill(pid, number)
+    _, errors = run.communicate("20\n", timeout=60)  # so many batches more; the loader stays open
     assert run.returncode == 0, errors
+    wait_until_gone(workers)
 
 
 # ---- Real images
@@ -766,7 +694,7 @@ def test_real_images_and_all_kinds_of_masks(coco_mini):
 
 def test_real_images_to_train_on(coco_mini):
     dataset = open_split(coco_mini, "train", "person_keypoints", training=True, keypoints=True)
-    batches = data.training_loader(dataset, images_per_gpu=2, workers=0)
+    batches = data.read_ahead(TrainingSet(dataset), 0, data.BatchSampler(dataset, 2))
     distances = []
     hits = []
     for images, targets in take(batches, 8):

@@ -216,7 +216,7 @@ def describe_settings(boxes, colours, min_size, max_size):
 def examine_images(dataset, workers, problems):
     """Open all images -> (hashes of their files, colours [N, 2, 3]); print remarks on objects."""
     digests, colours, remarks = set(), [], {}
-    items = data.read_ahead(Examination(dataset), workers)
+    items = data.read_ahead(Examination(dataset), workers, range(len(dataset)))
     for problem, found, digest, image_colours in tqdm(items, total=len(dataset), leave=False):
         for remark, where in found:
             remarks.setdefault(remark, []).append(where)
@@ -262,7 +262,7 @@ def examine(root, splits, kind, min_size, max_size, workers):
             describe_settings(boxes, colours, min_size, max_size)
     if len(datasets) == 2:
         try:
-            data.check_same_classes(*datasets)
+            data.check_classes(datasets[1], datasets[0].classes, datasets[0].annotation_file)
         except UserError as error:
             problems.append(str(error))
         shared = len(digests[0] & digests[1])

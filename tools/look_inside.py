@@ -106,7 +106,7 @@ def training(s):
     every = torch.cat(s.anchors)
     _, [labels] = s.model.rpn.match(every, detector.pad_targets([s.target], every.device))
     numbers = s.c.rpn_batch_size_per_image, s.c.rpn_positive_fraction
-    seeds, _ = detector.sampling_seeds([{"seed": data.image_seed(0, 0, 0)}], every.device)
+    seeds, _ = detector.sampling_seeds([{"seed": data.hash_of(0, 0, 0)}], every.device)
     [index], [valid] = detector.sample(labels[None], *numbers, seeds)
     drawn, objects = index[valid], (s.target["boxes"], "black")
     positive, negative = drawn[labels[drawn] == 1], drawn[labels[drawn] == 0]

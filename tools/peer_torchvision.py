@@ -150,8 +150,9 @@ def run(arguments):
     config = detector.build_model(num_classes=len(train_set.classes), **recipe.model).config
     model = build_peer(config, recipe.test_size, recipe.max_size).train()
     optimizer = train.make_optimizer(model, recipe)
-    sizes = {"min_sizes": recipe.min_sizes, "max_size": recipe.max_size}
-    loader = data.training_loader(train_set, recipe.images_per_gpu, args.seed, **sizes)
+    images = data.TrainingSet(train_set, recipe.min_sizes, recipe.max_size)
+    sampler = data.BatchSampler(train_set, recipe.images_per_gpu, args.seed)
+    loader = data.read_ahead(images, 2, sampler)
     start = time.perf_counter()
     bar = tqdm(range(recipe.iterations))
     for iteration in bar:

@@ -42,7 +42,7 @@ def show_plan(recipe, args):
     if args.data is not None:
         train_set, _ = train.make_datasets(recipe, args)
         images = len(train_set)
-        sample = data.average_sample(train_set, recipe.min_sizes, recipe.max_size)
+        sample = average_sample(train_set, recipe.min_sizes, recipe.max_size)
     elif of_coco and not args.recipe.endswith("-voc"):
         images = recipe.subset or COCO_IMAGES
         shapes = [data.resize_shape(*COCO_SHAPE, s, recipe.max_size) for s in recipe.min_sizes]
@@ -59,6 +59,13 @@ def show_plan(recipe, args):
             f"Time      {seconds:.2f} s a step of {recipe.images_per_gpu} images on this machine, "
             f"{total} for the whole run, evaluations not counted"
         )
+
+
+def average_sample(dataset, min_sizes, max_size):
+    """What Figure 2 counts: objects an image, and pixels of an image as the loader makes it."""
+    sizes = list(zip(dataset.heights.tolist(), dataset.widths.tolist()))
+    shapes = [data.resize_shape(*size, least, max_size) for size in sizes for least in min_sizes]
+    return dataset.num_objects / len(dataset), statistics.mean(map(math.prod, shapes))
 
 
 def describe_samples(recipe, objects, pixels):

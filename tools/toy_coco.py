@@ -168,7 +168,7 @@ def _move(shape, center, height, width):
     """A shape at its place -> (polygons, the part of their union inside the image, bool [h, w])."""
     polygons = [(polygon + center).round(2) for polygon in shape]
     mask = np.zeros((height, width), dtype=np.uint8)
-    paint_polygons(mask, polygons, 1, 1, False)
+    paint_polygons(mask, polygons, mask.shape, False)
     return polygons, mask.astype(bool)
 
 
