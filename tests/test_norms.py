@@ -21,7 +21,8 @@ MOMENTUM = 0.3
 def run_processes(worker, folder, *args, world_size=2, limit=90):
     """worker(rank, folder, *args) in processes joined by gloo; fails, never hangs."""
     arguments = (worker, world_size, folder, args)
-    context = mp.spawn(_start, arguments, nprocs=world_size, join=False)
+    # forked: a spawned process would import torch again, for seconds
+    context = mp.start_processes(_start, arguments, world_size, join=False, start_method="fork")
     end = time.monotonic() + limit
     try:
         while not context.join(timeout=1):
