@@ -412,8 +412,10 @@ def test_roboflows_coco_export(tmp_path, capsys):
     assert sorted(sides.values()) == ["train2017", "val2017"]
     (((name, a),), _) = objects.values()
     assert name == "rbc" and a["id"] > 0 and "segmentation" not in a
-    assert "cells" in printed and "test/0.png" in printed
-    assert open_split(tmp_path / "out", masks=False).classes == ["rbc"]
+    assert "cells" in printed and "train with --no-masks" in printed
+    for split in ("train2017", "test2017"):  # the third split is kept for evaluate.py --split
+        dataset = open_split(tmp_path / "out", split, masks=False)
+        assert dataset.classes == ["rbc"] and dataset.num_objects == len(dataset) == 1
 
 
 def test_cvats_coco_export_finds_each_image_in_its_own_split(tmp_path, capsys):
@@ -535,6 +537,51 @@ def test_images_of_one_name_stay_apart_and_are_never_changed(tmp_path, capsys):
     assert all(made[content].samefile(path) for path, content in before.items())  # linked
 
 
+def test_data_sets_of_several_layouts_are_merged_by_way_of_parts(tmp_path, capsys):
+    """Converted together they would hide each other's pictures, so that is refused."""
+    root = tmp_path / "in"
+    for split in ("train", "val"):
+        picture(root / "voc" / split / "0.png")
+        write_voc(root / "voc" / split / "0.xml", [("cell", 1, 1, 9, 9), ("nut", 11, 1, 19, 9)])
+        picture(root / "masks" / "images" / split / "0.png")  # the data set has a mask's name
+        mask = np.zeros((30, 40), np.uint8)
+        mask[10:20, 10:30] = 7
+        (root / "masks" / "masks" / split).mkdir(parents=True)
+        Image.fromarray(mask).save(root / "masks" / "masks" / split / "0.png")
+    with pytest.raises(UserError, match="VOC and masks; .*parts") as caught:
+        to_coco.convert(root, tmp_path / "out")
+    assert is_one_sentence(str(caught.value)) and not (tmp_path / "out").exists()
+    for part in ("voc", "masks"):
+        source, out = str(root / part), str(tmp_path / "parts" / part)
+        to_coco.main([source, out, "--class-name", "cell"])
+    printed, objects, sides = convert(tmp_path, capsys, source=tmp_path / "parts")
+    assert sorted(sides.values()) == ["train2017"] * 2 + ["val2017"] * 2
+    found = sorted([(name, a["bbox"], a["area"]) for name, a in o] for o in objects.values())
+    of_voc = [("cell", [0, 0, 9, 9], 81), ("nut", [10, 0, 9, 9], 81)]
+    assert found == [of_voc] * 2 + [[("cell", [10, 10, 20, 10], 200)]] * 2
+    assert "4 objects have none: train with --no-masks" in printed
+    assert open_split(tmp_path / "out", training=True).num_objects == 1  # the one with a mask
+
+
+def test_what_stays_out_is_told_by_its_reason(tmp_path, capsys):
+    for name in ("a/0.png", "b/0.png", "1.png", "2.png"):
+        picture(tmp_path / "in" / name)
+    for name in ("xml/0", "1", "2", "photo", "gone"):  # 0: two files have the name
+        write_voc(tmp_path / "in" / f"{name}.xml", [("x", 1, 1, 9, 9)])
+    (tmp_path / "in" / "photo.HEIC").write_bytes(b"a phone's")
+    (tmp_path / "in" / "1.txt").write_text("a caption, and no line of YOLO")
+    printed, objects, _ = convert(tmp_path, capsys)
+    assert sorted(objects) == ["1.png", "2.png"]
+    assert "1 files left out, as their format is not read" in printed and "photo.HEIC" in printed
+    assert "1 annotated images left out, as several files have their name" in printed
+    assert "2 annotated images left out, as no image file has their name" in printed
+
+
+def semantic_case(root):
+    picture(root / "train" / "0.jpg")
+    picture(root / "train" / "0_mask.png")
+
+
 def yolo_case(lines, yaml=None):
     def write(root):
         for i in range(2):
@@ -575,6 +622,7 @@ def twice(root):
         (yolo_case("0 .5 .5 .2 .2\n", b"names: &x [*y]\n"), "data.yaml"),
         (yolo_case("0 .5 .5 .2 .2\n", b"names: [\xff]\n"), "data.yaml"),
         (mask_case(b"no image"), "masks/0.png"),
+        (semantic_case, "0_mask.png is a semantic mask"),
         (twice, "0.png"),
     ],
 )
