@@ -1,7 +1,9 @@
 """tools/toy_coco.py, examine.py and to_coco.py: generated data, the doctor, other layouts."""
 
+import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from data import CocoDataset, UserError
+from model import Config
 from tools import examine, to_coco, toy_coco
+from train import RECIPES
 
 SPLITS = ("train2017", "val2017")
 
@@ -192,20 +196,21 @@ def test_doctor_measures(tmp_path, capsys):
     assert code == 0 and "boxes only" in printed
 
 
-def test_best_iou_is_that_of_all_anchors_of_the_model():
+@pytest.mark.parametrize("recipe", ["r50-gn", "toy-vgg"])
+def test_best_iou_is_that_of_all_anchors_of_the_model(recipe):
     """Against every anchor of every level in the image, written out."""
     rng = np.random.default_rng(0)
     boxes = np.concatenate([rng.uniform(300, 500, (40, 2)), 2 ** rng.uniform(3, 8, (40, 2))], 1)
     expected = np.zeros(40)
-    for level, size in enumerate(examine.SIZES):
-        stride = 4 * 2**level
+    sizes, ratios = examine.anchors_of(RECIPES[recipe]).values()
+    for stride, level in zip((4, 8, 16, 32, 64) if len(sizes) > 1 else (16,), sizes):
         x, y = (axis.ravel() for axis in np.meshgrid(*[np.arange(0, 1024, stride)] * 2))
-        for ratio in examine.RATIOS:
+        for size, ratio in itertools.product(level, ratios):
             w, h = size / ratio**0.5, size * ratio**0.5
             anchors = np.stack([x - w / 2, y - h / 2, np.full(x.shape, w), np.full(x.shape, h)], 1)
             ious = coco_mask.iou(boxes, anchors, np.zeros(len(anchors), dtype=np.uint8))
             expected = np.maximum(expected, ious.max(1))
-    found = examine.best_iou(boxes, examine.SIZES, examine.RATIOS)
+    found = examine.best_iou(boxes, sizes, ratios)
     assert np.allclose(found, expected, atol=1e-9)
 
 
@@ -213,10 +218,20 @@ def test_doctor_proposes_anchors_by_shape_and_size(tmp_path, capsys):
     wide = [annotation(i, 5, 10 * i, 100, 10) for i in range(8)]
     write_coco(tmp_path, wide)
     _, printed = diagnose(tmp_path, capsys, "--min-size", "400")
-    assert "anchor_ratios=(0.1" in printed
+    assert 'with model={"anchor_ratios": (0.1' in printed
     write_coco(tmp_path, [annotation(i, 10 * i, 10, 4, 4) for i in range(8)])
     _, printed = diagnose(tmp_path, capsys, "--min-size", "200")
-    assert "100.0%" in printed and "anchor_sizes=((8,)" in printed
+    (setting,) = re.findall(r"with model=(.*)", printed)
+    assert "100.0%" in printed and Config(**eval(setting)).anchor_sizes[0] == (8,)
+    # anchors and size of image are those of the recipe: 8 pixels are 15 at 192
+    write_coco(tmp_path, [annotation(i, 8 * i, 8, 8, 8) for i in range(8)])
+    _, printed = diagnose(tmp_path, capsys, "--recipe", "small")
+    assert "at 192/320" in printed and "below 2 %, nothing to do" in printed
+    _, printed = diagnose(tmp_path, capsys, "--min-size", "192")
+    assert "with the anchors of r50-gn" in printed and "model={" in printed
+    _, printed = diagnose(tmp_path, capsys, "--recipe", "small", "--min-size", "100")
+    (setting,) = re.findall(r"with model=(.*)", printed)
+    assert eval(setting).keys() > {"anchor_sizes", "blocks"}  # beside the row's own fields
 
 
 def test_doctor_counts_what_is_not_trained_on_or_not_found(tmp_path, capsys):
@@ -548,7 +563,7 @@ def test_data_sets_of_several_layouts_are_merged_by_way_of_parts(tmp_path, capsy
         mask[10:20, 10:30] = 7
         (root / "masks" / "masks" / split).mkdir(parents=True)
         Image.fromarray(mask).save(root / "masks" / "masks" / split / "0.png")
-    with pytest.raises(UserError, match="VOC and masks; .*parts") as caught:
+    with pytest.raises(UserError, match="VOC, masks; .*parts") as caught:
         to_coco.convert(root, tmp_path / "out")
     assert is_one_sentence(str(caught.value)) and not (tmp_path / "out").exists()
     for part in ("voc", "masks"):

@@ -484,7 +484,7 @@ def read(source, root):
             found[name] = entries, source.classes
     if len(found) > 1:
         raise UserError(
-            f"{root} has annotations in the layouts {' and '.join(found)}; put each into a folder "
+            f"{root} has annotations in the layouts {', '.join(found)}; put each into a folder "
             "of its own, convert them to parts/NAME, and merge these: to_coco.py parts OUT."
         )
     if not found:
@@ -533,7 +533,7 @@ def convert(root, out, val_share=None, seed=0, copy=False, class_name="object"):
     finally:
         for text, places in source.notes.items():
             print(f"  {len(places):,} {text}; the first: {places[0]}")
-    print(f"Now examine it: python tools/examine.py {out}")
+    print(f"Now examine it: python tools/examine.py {out} --recipe small")
 
 
 def main(arguments=None):
