@@ -43,13 +43,13 @@ def show_plan(recipe, args):
     own_batch = recipe.batch_size
     recipe = train.scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     train.check(recipe, args)
-    of_coco = not (recipe.keypoints or recipe.paper.startswith("("))  # a recipe of the paper's
+    of_paper = not recipe.paper.startswith("(")
     images = sample = None
     if args.data is not None:
         train_set, _ = train.make_datasets(recipe, args)
         images = len(train_set)
         sample = data.average_sample(train_set, recipe.min_sizes, recipe.max_size)
-    elif of_coco and not args.recipe.endswith("-voc"):
+    elif of_paper and not recipe.keypoints and not args.recipe.endswith("-voc"):
         images = recipe.subset or COCO_IMAGES
         shapes = [data.resize_shape(*COCO_SHAPE, s, recipe.max_size) for s in recipe.min_sizes]
         sample = COCO_OBJECTS, statistics.mean(map(math.prod, shapes))
@@ -60,7 +60,7 @@ def show_plan(recipe, args):
             f"          the recipe's batch of {own_batch} takes {processes} process(es) of "
             f"{recipe.images_per_gpu}: WORLD_SIZE={processes} shows that plan"
         )
-    if sample:
+    if sample and of_paper:
         print(describe_samples(recipe, *sample))
     if args.dry_run > 0:
         if args.data is None:
