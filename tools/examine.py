@@ -115,10 +115,7 @@ def open_split(image_dir, file, training, masks, keypoints, problems):
 
 
 def usable_boxes(dataset, min_size, max_size):
-    """Boxes (x, y, w, h) of the objects to train on, resized as the image is: [N, 4]; counts [K].
-
-    The counts are those of an image each.
-    """
+    """Boxes (x, y, w, h) of what is trained on, resized: [N, 4]; their number in each image."""
     boxes, counts = [np.zeros((0, 4))], []
     for index in range(len(dataset)):
         record = dataset.record(index)
@@ -173,9 +170,9 @@ def describe_anchors(boxes, recipe, min_size):
     if verdict:
         return
     sizes = own["anchor_sizes"]
-    changes = [("anchor_sizes", tuple(tuple(int(s / n) for s in k) for k in sizes)) for n in (2, 4)]
-    changes += [("anchor_ratios", ratios) for ratios in MORE_RATIOS]
-    changes += [("scale", scale) for scale in (1.5, 2, 4)]
+    smaller = [tuple(tuple(int(size / n) for size in level) for level in sizes) for n in (2, 4)]
+    choices = {"anchor_sizes": smaller, "anchor_ratios": MORE_RATIOS, "scale": (1.5, 2, 4)}
+    changes = [(field, value) for field, values in choices.items() for value in values]
     shares = {(field, value): misfits(**own | {field: value}) for field, value in changes}
     enough = [change for change in changes if shares[change][0] < FEW]
     field, value = change = (enough or sorted(changes, key=shares.get))[0]

@@ -273,14 +273,10 @@ def yolo_classes(source):
             return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for path in source.files_with(".yaml", ".yml"):
         found = re.search(r"^names:(.*(?:\n(?:[ \t\]}-].*)?)*)", read_text(path), re.MULTILINE)
+        if found and not yaml_names(found[1]):
+            raise UserError(f'{path} has unknown "names"; write them into classes.txt, one a line.')
         if found:
-            names = yaml_names(found[1])
-            if names:
-                return names
-            raise UserError(
-                f'{path} has "names" in a form that this tool cannot read; write them into a file '
-                "classes.txt beside it, one a line."
-            )
+            return yaml_names(found[1])
     return []
 
 
@@ -355,21 +351,20 @@ def mask_rles(source, file, numbered):
 
 
 def choose_splits(source, val_share, seed):
-    """{"train2017": [path, ...], "val2017": [...]}: the source's own splits, or drawn ones.
+    """{"train2017": [path, ...], "val2017": [...]}: drawn splits, or the source's own.
 
-    Its own have "test2017", too, if there is a split for tests beside one for validation.
+    These have "test2017" as well if there are splits for tests and for validation.
     """
     members = {}
     for path, picture in source.pictures.items():
         members.setdefault(picture["split"], []).append(path)
-    train = members.get("train") or members.get(None)
-    test = members.get("test", [])
-    val = members.get("val") or test
-    if val_share is None and train and val:
-        splits = {"train2017": train, "val2017": val, "test2017": test if test is not val else []}
-        for path in source.pictures.keys() - set().union(*splits.values()):
+    for missing, other in (("train", None), ("val", "test")):
+        if missing not in members and other in members:
+            members[missing] = members.pop(other)
+    if val_share is None and {"train", "val"} <= members.keys():
+        for path in members.pop(None, []):
             source.note("images left out, as they are of no split", path)
-        return {split: paths for split, paths in splits.items() if paths}
+        return {f"{split}2017": paths for split, paths in members.items()}
     val_share = 0.2 if val_share is None else val_share
     groups = sorted({group_of(path) for path in source.pictures})
     if len(groups) < 2:
