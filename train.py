@@ -160,6 +160,12 @@ RECIPES = {
         iterations_pretrained=1000, one_x=500, tails=(0.2, 0.07), eval_every=500,
         min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
     ),
+    # Own pictures, from public weights, on one GPU: 100 epochs of 240 images (docs/own-data.md)
+    "finetune": Recipe(
+        batch_size=2, learning_rate=0.0025, iterations=36_000, iterations_pretrained=12_000,
+        one_x=6_000, tails=NINTHS, eval_every=2_000, checkpoint_every=1_000,
+        min_sizes=AUGMENTED, paper="(your own data)",
+    ),
     # Tables 1 and 2, Figures 1 and 3
     "r50-gn": Recipe(paper="6x random 41.3 / 36.6; pre-trained 2x 40.3, 6x 41.1 / 36.4"),
     "r101-gn": Recipe(

@@ -1,7 +1,9 @@
 """tools/toy_coco.py, examine.py and to_coco.py: generated data, the doctor, other layouts."""
 
+import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from data import CocoDataset, UserError
+from model import Config
 from tools import examine, to_coco, toy_coco
+from train import RECIPES
 
 SPLITS = ("train2017", "val2017")
 
@@ -192,20 +196,21 @@ def test_doctor_measures(tmp_path, capsys):
     assert code == 0 and "boxes only" in printed
 
 
-def test_best_iou_is_that_of_all_anchors_of_the_model():
+@pytest.mark.parametrize("recipe", ["r50-gn", "toy-vgg"])
+def test_best_iou_is_that_of_all_anchors_of_the_model(recipe):
     """Against every anchor of every level in the image, written out."""
     rng = np.random.default_rng(0)
     boxes = np.concatenate([rng.uniform(300, 500, (40, 2)), 2 ** rng.uniform(3, 8, (40, 2))], 1)
     expected = np.zeros(40)
-    for level, size in enumerate(examine.SIZES):
-        stride = 4 * 2**level
+    sizes, ratios = examine.anchors_of(RECIPES[recipe]).values()
+    for stride, level in zip((4, 8, 16, 32, 64) if len(sizes) > 1 else (16,), sizes):
         x, y = (axis.ravel() for axis in np.meshgrid(*[np.arange(0, 1024, stride)] * 2))
-        for ratio in examine.RATIOS:
+        for size, ratio in itertools.product(level, ratios):
             w, h = size / ratio**0.5, size * ratio**0.5
             anchors = np.stack([x - w / 2, y - h / 2, np.full(x.shape, w), np.full(x.shape, h)], 1)
             ious = coco_mask.iou(boxes, anchors, np.zeros(len(anchors), dtype=np.uint8))
             expected = np.maximum(expected, ious.max(1))
-    found = examine.best_iou(boxes, examine.SIZES, examine.RATIOS)
+    found = examine.best_iou(boxes, sizes, ratios)
     assert np.allclose(found, expected, atol=1e-9)
 
 
@@ -213,10 +218,20 @@ def test_doctor_proposes_anchors_by_shape_and_size(tmp_path, capsys):
     wide = [annotation(i, 5, 10 * i, 100, 10) for i in range(8)]
     write_coco(tmp_path, wide)
     _, printed = diagnose(tmp_path, capsys, "--min-size", "400")
-    assert "anchor_ratios=(0.1" in printed
+    assert 'with model={"anchor_ratios": (0.1' in printed
     write_coco(tmp_path, [annotation(i, 10 * i, 10, 4, 4) for i in range(8)])
     _, printed = diagnose(tmp_path, capsys, "--min-size", "200")
-    assert "100.0%" in printed and "anchor_sizes=((8,)" in printed
+    (setting,) = re.findall(r"with model=(.*)", printed)
+    assert "100.0%" in printed and Config(**eval(setting)).anchor_sizes[0] == (8,)
+    # anchors and size of image are those of the recipe: 8 pixels are 15 at 192
+    write_coco(tmp_path, [annotation(i, 8 * i, 8, 8, 8) for i in range(8)])
+    _, printed = diagnose(tmp_path, capsys, "--recipe", "small")
+    assert "at 192/320" in printed and "below 2 %, nothing to do" in printed
+    _, printed = diagnose(tmp_path, capsys, "--min-size", "192")
+    assert "with the anchors of r50-gn" in printed and "model={" in printed
+    _, printed = diagnose(tmp_path, capsys, "--recipe", "small", "--min-size", "100")
+    (setting,) = re.findall(r"with model=(.*)", printed)
+    assert eval(setting).keys() > {"anchor_sizes", "blocks"}  # beside the row's own fields
 
 
 def test_doctor_counts_what_is_not_trained_on_or_not_found(tmp_path, capsys):
@@ -412,8 +427,10 @@ def test_roboflows_coco_export(tmp_path, capsys):
     assert sorted(sides.values()) == ["train2017", "val2017"]
     (((name, a),), _) = objects.values()
     assert name == "rbc" and a["id"] > 0 and "segmentation" not in a
-    assert "cells" in printed and "test/0.png" in printed
-    assert open_split(tmp_path / "out", masks=False).classes == ["rbc"]
+    assert "cells" in printed and "train with --no-masks" in printed
+    for split in ("train2017", "test2017"):  # the third split is kept for evaluate.py --split
+        dataset = open_split(tmp_path / "out", split, masks=False)
+        assert dataset.classes == ["rbc"] and dataset.num_objects == len(dataset) == 1
 
 
 def test_cvats_coco_export_finds_each_image_in_its_own_split(tmp_path, capsys):
@@ -535,6 +552,51 @@ def test_images_of_one_name_stay_apart_and_are_never_changed(tmp_path, capsys):
     assert all(made[content].samefile(path) for path, content in before.items())  # linked
 
 
+def test_data_sets_of_several_layouts_are_merged_by_way_of_parts(tmp_path, capsys):
+    """Converted together they would hide each other's pictures, so that is refused."""
+    root = tmp_path / "in"
+    for split in ("train", "val"):
+        picture(root / "voc" / split / "0.png")
+        write_voc(root / "voc" / split / "0.xml", [("cell", 1, 1, 9, 9), ("nut", 11, 1, 19, 9)])
+        picture(root / "masks" / "images" / split / "0.png")  # the data set has a mask's name
+        mask = np.zeros((30, 40), np.uint8)
+        mask[10:20, 10:30] = 7
+        (root / "masks" / "masks" / split).mkdir(parents=True)
+        Image.fromarray(mask).save(root / "masks" / "masks" / split / "0.png")
+    with pytest.raises(UserError, match="VOC, masks; .*parts") as caught:
+        to_coco.convert(root, tmp_path / "out")
+    assert is_one_sentence(str(caught.value)) and not (tmp_path / "out").exists()
+    for part in ("voc", "masks"):
+        source, out = str(root / part), str(tmp_path / "parts" / part)
+        to_coco.main([source, out, "--class-name", "cell"])
+    printed, objects, sides = convert(tmp_path, capsys, source=tmp_path / "parts")
+    assert sorted(sides.values()) == ["train2017"] * 2 + ["val2017"] * 2
+    found = sorted([(name, a["bbox"], a["area"]) for name, a in o] for o in objects.values())
+    of_voc = [("cell", [0, 0, 9, 9], 81), ("nut", [10, 0, 9, 9], 81)]
+    assert found == [of_voc] * 2 + [[("cell", [10, 10, 20, 10], 200)]] * 2
+    assert "4 objects have none: train with --no-masks" in printed
+    assert open_split(tmp_path / "out", training=True).num_objects == 1  # the one with a mask
+
+
+def test_what_stays_out_is_told_by_its_reason(tmp_path, capsys):
+    for name in ("a/0.png", "b/0.png", "1.png", "2.png"):
+        picture(tmp_path / "in" / name)
+    for name in ("xml/0", "1", "2", "photo", "gone"):  # 0: two files have the name
+        write_voc(tmp_path / "in" / f"{name}.xml", [("x", 1, 1, 9, 9)])
+    (tmp_path / "in" / "photo.HEIC").write_bytes(b"a phone's")
+    (tmp_path / "in" / "1.txt").write_text("a caption, and no line of YOLO")
+    printed, objects, _ = convert(tmp_path, capsys)
+    assert sorted(objects) == ["1.png", "2.png"]
+    assert "1 files left out, as their format is not read" in printed and "photo.HEIC" in printed
+    assert "1 annotated images left out, as several files have their name" in printed
+    assert "2 annotated images left out, as no image file has their name" in printed
+
+
+def semantic_case(root):
+    picture(root / "train" / "0.jpg")
+    picture(root / "train" / "0_mask.png")
+
+
 def yolo_case(lines, yaml=None):
     def write(root):
         for i in range(2):
@@ -575,6 +637,7 @@ def twice(root):
         (yolo_case("0 .5 .5 .2 .2\n", b"names: &x [*y]\n"), "data.yaml"),
         (yolo_case("0 .5 .5 .2 .2\n", b"names: [\xff]\n"), "data.yaml"),
         (mask_case(b"no image"), "masks/0.png"),
+        (semantic_case, "0_mask.png is a semantic mask"),
         (twice, "0.png"),
     ],
 )

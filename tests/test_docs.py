@@ -8,6 +8,7 @@ README's table of files, and what docs/pieces.md lists to be copied:
 
 import argparse
 import ast
+import functools
 import importlib
 import re
 import runpy
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import model as detector  # noqa: E402
 import train  # noqa: E402
+from tools.toy_coco import make_toy_coco  # noqa: E402
 
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PATHS}
@@ -46,6 +48,7 @@ def section(page, title):
 # ------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def definitions(path):
     """Line of every definition: functions, classes, methods, fields, constants, keys, options."""
     text = path.read_text()
@@ -258,7 +261,9 @@ def parse(script, words):
 def example_row():
     """The row of docs/own-data.md, as a Recipe."""
     (code,) = blocks(section("docs/own-data.md", "A recipe of your own"), "python")
-    return eval("{" + code + "}", vars(train))["mine"]
+    names = vars(train) | {"RECIPES": dict(train.RECIPES)}
+    exec(compile(code, "own-data.md", "exec"), names)
+    return names["RECIPES"]["mine"]
 
 
 @pytest.fixture(scope="module")
@@ -344,29 +349,53 @@ def test_every_tool_has_a_row():
     assert tools == set(re.findall(r"^\| \[(\w+\.py)\]", PAGES["docs/tools.md"], re.M))
 
 
-def test_the_example_row_of_ones_own_data_is_a_recipe():
+def test_the_plans_of_ones_own_data_are_not_refused(commands, tmp_path, capsys):
+    """Every command of the page, for 240 images of three classes."""
+    make_toy_coco(tmp_path, train_images=1, val_images=1)
     row = example_row()
-    with mock.patch.dict(train.RECIPES, mine=row):
-        train.check(row, train.parse_arguments(["--recipe", "mine"]))
-    assert detector.build_model(**row.model).config.image_mean == row.model["image_mean"]
+    with (
+        mock.patch.dict(train.RECIPES, mine=row),
+        mock.patch.object(train.data.CocoDataset, "__len__", lambda _: 240),
+    ):
+        planned = set()
+        for page, script, args, _ in commands:
+            if (page, script) == ("docs/own-data.md", "train.py"):
+                words = ["--recipe", args.recipe, "--init", args.init, "--data", str(tmp_path)]
+                assert train.main([*words, "--dry-run"]) == 0, capsys.readouterr().err
+                planned.add(args.recipe)
+    assert planned == {"small", "finetune", "mine"}
+    net = detector.build_model(**row.model)
+    assert net.config.anchor_ratios == row.model["anchor_ratios"]
 
 
-def test_the_library_is_used_as_shown(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "page, title", [("README.md", "Use it as a library"), ("docs/pieces.md", "As a library")]
+)
+def test_the_library_is_used_as_shown(page, title, tmp_path, monkeypatch):
     from tiny_run import NARROW
 
-    (code,) = blocks(section("README.md", "Use it as a library"), "python")
-    weights, image = re.findall(r'"(.+/.+)"', code)
+    code, *training = blocks(section(page, title), "python")
+    weights, image = re.findall(r'"(\w+/[^"]+)"', code)
     for path in (weights, image):
         (tmp_path / path).parent.mkdir(parents=True)
     net = detector.build_model(num_classes=5, **NARROW)
+    net.data_settings |= {"classes": list("abcde")}
+    net.box_heads[0].classifier.bias.data[3] = 9.0  # sure of everything, and that it is a "c"
     detector.save_model(net, tmp_path / weights)
     Image.new("L", (60, 40)).save(tmp_path / image)  # grey: becomes three channels
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    found = names["found"]
-    assert found["boxes"].shape == (len(found["labels"]), 4)
+    exec(compile(code, page, "exec"), names)
+    found, sure = names["found"], names["sure"]
+    assert sure.any() and found["boxes"].shape == (len(found["labels"]), 4)
     assert found["masks"].shape[1:] == (40, 60)
+    assert page != "README.md" or set(names["names"]) == {"c"}
+    for code in training:
+        assert Path("detections.png").stat().st_size > 0
+        exec(compile(code, page, "exec"), names)
+        assert all(loss.isfinite() for loss in names["losses"].values())
+        assert detector.load_model("squares.pth").data_settings["classes"] == ["square"]
 
 
 def test_the_picture_of_readme_is_made_as_shown(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from tools.toy_coco import make_toy_coco
 # ------------------------------------------------------------------------------------------------
 
 # recipe, init, schedule: total, first drop, second drop, rate before, factor of a drop
-PAPER = [name for name in train.RECIPES if name != "small" and not name.startswith("toy")]
+PAPER = [name for name, recipe in train.RECIPES.items() if not recipe.paper.startswith("(")]
 BY_HAND = [
     ("r50-gn", "random", "2x", 180_000, 120_000, 160_000, 0.02, 0.1),
     ("r50-gn", "random", "3x", 270_000, 210_000, 250_000, 0.02, 0.1),

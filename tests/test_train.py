@@ -712,7 +712,8 @@ def test_interrupting_the_imports_ends_without_a_traceback(tmp_path):
     assert process.returncode != 0 and "Traceback" not in error
 
 
-def test_the_plan_is_shown_without_data(capsys):
+def test_the_plan_is_shown_without_data(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
     assert train.main(["--list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in RECIPES) and "41.3" in listed

@@ -25,21 +25,38 @@ def coco(tmp_path_factory):
 # -- The plan of a run ---------------------------------------------------------------------------
 
 
-def test_the_plan_of_a_run_has_figure_2(capsys):
+def test_the_plan_of_a_run_has_figure_2(monkeypatch, capsys):
     assert train.main(["--recipe", "r50-gn", "--dry-run"]) == 0
     plan = capsys.readouterr().out.splitlines()
     rows = {line[:24].strip(): line[24:].split() for line in plan[-3:]}
     # ImageNet: 1.28M images x 100 epochs, 224 x 224 pixels; 6x: 540,000 x 16 images
     assert rows["ImageNet, 100 epochs"] == ["128.0M", "128.0M", "6.42T", "6.42T"]
     assert rows["this run"][0] == "8.6M" and rows["this run"][3] == "9.21T"
+    # one process, unless WORLD_SIZE says otherwise
+    assert "4,320,000 iterations of 2 images" in plan[0] and "takes 8 process(es)" in plan[3]
+    monkeypatch.setenv("WORLD_SIZE", "eight")
+    assert train.main(["--recipe", "r50-gn", "--dry-run"]) == 2
 
 
-def test_the_plan_times_steps(coco, monkeypatch, capsys):
+@pytest.mark.parametrize("processes, batch, time", [(1, 2, "2 images on"), (4, 8, "4 processes")])
+def test_the_plan_times_steps(coco, monkeypatch, capsys, processes, batch, time):
     monkeypatch.setitem(train.RECIPES, "tiny", TINY)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))  # without torchrun's other variables
     arguments = ["--recipe", "tiny", "--data", str(coco), "--device", "cpu", "--workers", "0"]
     assert train.main([*arguments, "--dry-run", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "epochs of 7 images" in printed and "s a step of 2 images" in printed
+    assert "epochs of 7 images" in printed and f"iterations of {batch} images" in printed
+    assert "s a step of 2 images" in printed and time in printed
+
+
+def test_fine_tuning_some_hundred_images_is_planned_by_images_seen(coco, monkeypatch, capsys):
+    """240 images, and as few as 24."""
+    for images in (24, 240):
+        monkeypatch.setattr(train.data.CocoDataset, "__len__", lambda _, images=images: images)
+        for more in ([], ["--init", "d2.pth"], ["--init", "d2.pth", "--no-masks"]):
+            code = train.main(["--recipe", "finetune", "--data", str(coco), "--dry-run", *more])
+            assert code == 0, capsys.readouterr().err
+    assert "12,000 iterations of 2 images: 100.0 epochs of 240" in capsys.readouterr().out
 
 
 # -- Curves --------------------------------------------------------------------------------------

@@ -757,6 +757,7 @@ def bad_files(folder):
     write_pickle(folder / "nothing.pkl", {})
     torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, folder / "other.pth")
     torch.save({"model": nn.Linear(2, 3).state_dict()}, folder / "linear.pth")
+    torch.save({"backbone.body.conv1.weight": torch.zeros(64, 3, 7, 7)}, folder / "maskrcnn.pth")
     write_pickle(folder / "quadruple.pkl", {"model": {"conv1_1_w": np.zeros(2, np.longdouble)}})
     deformable = detectron2_shapes("R50", "FrozenBN", **NARROW)
     deformable["backbone.bottom_up.res3.0.conv2_offset.weight"] = (18, 64, 3, 3)
@@ -784,6 +785,7 @@ def bad_files(folder):
         "nothing.pkl": "no model known",
         "other.pth": "no model known",
         "linear.pth": "no model known",
+        "maskrcnn.pth": "a detector of torchvision's",
         "quadruple.pkl": "longdouble|float128",
         "X152.pkl": "deformable convolutions",
         "C4.pkl": "box_heads.0.classifier.weight",

@@ -22,7 +22,6 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
-
 import evaluate
 import model as detector
 from data import UserError
@@ -256,7 +255,10 @@ def read_state(path):
     for kind in SPELLING:
         if FIRST & {our_name(name, kind) for name in content}:
             return content, kind
-    raise WeightsError(f"{path} has weights with the names of no model known here; see --help.")
+    known = "a classification model of torchvision's, or a detector of Detectron2's with FPN"
+    if any(name.startswith("backbone.body.") for name in content):
+        raise WeightsError(f"{path} looks like a detector of torchvision's; take {known}.")
+    raise WeightsError(f"{path} has the names of no model known here; take {known} (see --help).")
 
 
 def convert(source, target, **given):
@@ -331,18 +333,16 @@ def main(arguments=None):
     add("--image-mean", **rgb, help="for images in [0, 1], such as 0.485 0.456 0.406")
     add("--image-std", **rgb, help="for images in [0, 1], such as 0.229 0.224 0.225")
     stride = {"choices": (False, True), "metavar": "{0,1}", "type": lambda text: bool(int(text))}
-    add("--stride-in-1x1", **stride, help="1: bottlenecks have their stride on the 1x1")
-    add("--roi-sampling-ratio", type=int, metavar="N", help="of RoIAlign; 0: adaptive")
-    add("--norm", choices=("gn", "syncbn", "bn", "frozen_bn"), help="norm of the result")
+    add("--stride-in-1x1", **stride, help="1: the stride is on the first 1x1")
+    add("--roi-sampling-ratio", type=int, metavar="N", help="RoIAlign's; 0: adaptive")
+    add("--norm", choices=("gn", "syncbn", "bn", "frozen_bn"), help="the norm to use it with")
     given = vars(parser.parse_args(arguments))
     source, target = given.pop("source"), given.pop("target")
     if os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"OUT is IN, {source}; give the result another name.", code=2)
     if given.pop("to_detectron2"):
         return export(source, target)
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in STATISTICS_NAMES.keys() & given:
-        given[name] = tuple(given[name])
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
     convert(source, target, **given)
 
 

@@ -1,13 +1,15 @@
 """The data set's doctor: what is wrong with a data set in COCO's layout, and what it is like.
 
-  python tools/examine.py DIR [--train-split train2017] [--val-split val2017]
-                          [--min-size 800] [--max-size 1333] [--workers 2]
+  python tools/examine.py DIR [--recipe r50-gn] [--train-split train2017] [--val-split val2017]
+                          [--min-size N] [--max-size N] [--workers 2]
 
-It opens every image and annotation. The exit code is 1 if anything would stop or spoil training.
+It opens every image and annotation, and compares the objects with the anchors of a recipe of
+train.py at its size of image. The exit code is 1 if anything would stop or spoil training.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -22,12 +24,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
 import data
 from data import UserError
+from model import BACKBONES, Config
+from train import RECIPES
 
 MOST_LINES = 20
 DETECTIONS = 100  # an image: what COCO's metric and the paper's detector keep
-SIZES = (32, 64, 128, 256, 512)  # of the paper's anchors, at strides 4, 8, 16, 32, 64
-RATIOS = (0.5, 1, 2)  # height / width
-MORE_RATIOS = ((0.25, *RATIOS, 4), (0.1, 0.25, *RATIOS), (*RATIOS, 4, 10))
+FEW = 0.02  # objects with a low IoU: that many do no harm
+MORE_RATIOS = ((0.25, 0.5, 1, 2, 4), (0.1, 0.25, 0.5, 1, 2), (0.5, 1, 2, 4, 10))  # height / width
 
 
 class Examination(Dataset):
@@ -88,8 +91,8 @@ def has_masks(file):
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return any(a.get("segmentation") for a in content["annotations"])
-    except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError):
-        return False  # what is wrong with the file is said when it is opened
+    except Exception:  # what is wrong with the file is said when it is opened
+        return False
 
 
 def open_split(image_dir, file, training, masks, keypoints, problems):
@@ -112,10 +115,7 @@ def open_split(image_dir, file, training, masks, keypoints, problems):
 
 
 def usable_boxes(dataset, min_size, max_size):
-    """Boxes (x, y, w, h) of the objects to train on, resized as the image is: [N, 4]; counts [K].
-
-    The counts are those of an image each.
-    """
+    """Boxes (x, y, w, h) of what is trained on, resized: [N, 4]; their number in each image."""
     boxes, counts = [np.zeros((0, 4))], []
     for index in range(len(dataset)):
         record = dataset.record(index)
@@ -129,14 +129,17 @@ def usable_boxes(dataset, min_size, max_size):
     return np.concatenate(boxes), np.array(counts)
 
 
-def best_iou(boxes, sizes, ratios):
-    """The IoU of each box (x, y, w, h) with the anchor that fits it best: [N, 4] -> [N]."""
+def best_iou(boxes, anchor_sizes, ratios):
+    """The IoU of each box (x, y, w, h) with the anchor that fits it best: [N, 4] -> [N].
+
+    anchor_sizes, ratios: as model.Config's anchor_sizes and anchor_ratios.
+    """
     centers, sides = boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]
     best = np.zeros(len(boxes))
-    for level, size in enumerate(sizes):
-        stride = 4 * 2**level
+    for level, sizes in enumerate(anchor_sizes):
+        stride = 4 * 2**level if len(anchor_sizes) > 1 else 16  # FPN's, or VGG's only one
         offsets = np.abs(centers - np.round(centers / stride) * stride)  # of the nearest anchor
-        for ratio in ratios:
+        for size, ratio in itertools.product(sizes, ratios):
             anchor = np.array([size / math.sqrt(ratio), size * math.sqrt(ratio)])
             right = np.minimum(sides / 2, offsets + anchor / 2)
             left = np.maximum(-sides / 2, offsets - anchor / 2)
@@ -145,32 +148,39 @@ def best_iou(boxes, sizes, ratios):
     return best
 
 
-def describe_anchors(boxes, min_size):
-    """Print how well the paper's anchors fit, and the settings that fit better."""
+def anchors_of(recipe):
+    """The fields of model.Config that make the anchors of a recipe."""
+    fields = BACKBONES[recipe.backbone] | recipe.model
+    names = ("anchor_sizes", "anchor_ratios")
+    return {name: fields.get(name, getattr(Config, name)) for name in names}
 
-    def misfits(sizes, ratios, scale):
-        best = best_iou(boxes * scale, sizes, ratios)
+
+def describe_anchors(boxes, recipe, min_size):
+    """Print how well a recipe's anchors fit and, where there is need, which change helps."""
+
+    def misfits(anchor_sizes, anchor_ratios, scale):
+        best = best_iou(boxes * scale, anchor_sizes, anchor_ratios)
         return (best < 0.5).mean(), (best < 0.3).mean()
 
-    chosen = {"sizes": SIZES, "ratios": RATIOS, "scale": 1}
-    share = misfits(**chosen)
-    print("  objects whose best anchor has an IoU below 0.5 (0.3):")
-    print(f"    {share[0]:.1%} ({share[1]:.1%}) with the paper's anchors at this size of image")
-    smaller = [tuple(size // divisor for size in SIZES) for divisor in (2, 4)]
-    choices = {"sizes": smaller, "ratios": MORE_RATIOS, "scale": (1.5, 2)}
-    for field, values in choices.items():
-        found = {value: misfits(**chosen | {field: value}) for value in values}
-        value = min(found, key=found.get)
-        if found[value][0] > share[0] - 0.01:
-            continue
-        share = found[value]
-        chosen[field] = value
-        setting = {
-            "sizes": f"anchor_sizes={tuple((size,) for size in chosen['sizes'])}",
-            "ratios": f"anchor_ratios={chosen['ratios']}",
-            "scale": f"images of min_size {chosen['scale'] * min_size:.0f}",
-        }[field]
-        print(f"    {share[0]:.1%} ({share[1]:.1%}) if you also try {setting}")
+    own = anchors_of(RECIPES[recipe]) | {"scale": 1}
+    share = misfits(**own)
+    print("  objects whose best anchor has an IoU below 0.5 (0.3), which are hard to learn:")
+    verdict = ": below 2 %, nothing to do" if share[0] < FEW else ""
+    print(f"    {share[0]:.1%} ({share[1]:.1%}) with the anchors of {recipe}{verdict}")
+    if verdict:
+        return
+    sizes = own["anchor_sizes"]
+    smaller = [tuple(tuple(int(size / n) for size in level) for level in sizes) for n in (2, 4)]
+    choices = {"anchor_sizes": smaller, "anchor_ratios": MORE_RATIOS, "scale": (1.5, 2, 4)}
+    changes = [(field, value) for field, values in choices.items() for value in values]
+    shares = {(field, value): misfits(**own | {field: value}) for field, value in changes}
+    enough = [change for change in changes if shares[change][0] < FEW]
+    field, value = change = (enough or sorted(changes, key=shares.get))[0]
+    base = f'RECIPES["{recipe}"].model | ' if RECIPES[recipe].model else ""
+    setting = f'model={base}{{"{field}": {value}}}'
+    if field == "scale":
+        setting = f"images {value} times as large (test_size={value * min_size:.0f})"
+    print(f"    {shares[change][0]:.1%} ({shares[change][1]:.1%}) with {setting}")
 
 
 def describe(dataset, min_size, max_size):
@@ -191,16 +201,16 @@ def describe(dataset, min_size, max_size):
     if (counts == 0).any():
         print(f"  {(counts == 0).sum():,} images without an object to train on")
     if not dataset.masks:
-        print("  no segmentations: boxes only, for recipes with masks=False")
+        print("  no segmentations: boxes only: train with --no-masks")
     elif dataset.num_without_mask:
-        print(f"  {dataset.num_without_mask:,} objects have no mask (no polygon of three points)")
+        print(f"  {dataset.num_without_mask:,} objects have no mask: background, or --no-masks")
     crowded = (counts > DETECTIONS).sum()
     if crowded:
         print(f"  {crowded:,} images have more than the {DETECTIONS} objects that can be found")
     return boxes
 
 
-def describe_settings(boxes, colours, min_size, max_size):
+def describe_settings(boxes, colours, recipe, min_size, max_size):
     """Print what the settings of a recipe follow from. colours: [N, 2, 3], as of Examination."""
     mean, square = colours.mean(0)
     for name, values in (("mean", mean), ("std", np.sqrt((square - mean**2).clip(0)))):
@@ -210,7 +220,7 @@ def describe_settings(boxes, colours, min_size, max_size):
         f"  objects at {min_size}/{max_size}: 5 % below {low:.0f} pixels (root of the box's area), "
         f"half below {middle:.0f}, 5 % above {high:.0f}"
     )
-    describe_anchors(boxes, min_size)
+    describe_anchors(boxes, recipe, min_size)
 
 
 def examine_images(dataset, workers, problems):
@@ -237,7 +247,7 @@ def in_parts(dataset):
     return len(boxes) > 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= 1.01
 
 
-def examine(root, splits, kind, min_size, max_size, workers):
+def examine(root, splits, kind, recipe, min_size, max_size, workers):
     """Print the state of a data set's annotations of a kind; returns the number of stops."""
     problems, datasets, digests = [], [], []
     keypoints = kind == "person_keypoints"
@@ -259,7 +269,7 @@ def examine(root, splits, kind, min_size, max_size, workers):
         images, colours = examine_images(dataset, workers, problems)
         digests.append(images)
         if is_train and len(colours) and len(boxes):
-            describe_settings(boxes, colours, min_size, max_size)
+            describe_settings(boxes, colours, recipe, min_size, max_size)
     if len(datasets) == 2:
         try:
             data.check_classes(datasets[1], datasets[0].classes, datasets[0].annotation_file)
@@ -283,20 +293,23 @@ def main(arguments=None):
     add("root", metavar="DIR", help="the folder with annotations/, train2017/, val2017/")
     add("--train-split", default="train2017", help="(train2017)")
     add("--val-split", default="val2017", help="(val2017)")
-    add("--min-size", type=int, default=800, help="shorter side of training images (800)")
-    add("--max-size", type=int, default=1333, help="longest side of training images (1333)")
+    add("--recipe", default="r50-gn", choices=list(RECIPES), metavar="R", help="(r50-gn)")
+    add("--min-size", type=int, help="shorter side of an image (the recipe's test_size)")
+    add("--max-size", type=int, help="longest side of an image (the recipe's)")
     add("--workers", type=int, default=2, help="processes that decode images (2)")
     args = parser.parse_args(arguments)
-    sizes = args.min_size, args.max_size
-    if args.workers < 0 or not 0 < args.min_size <= args.max_size:
+    recipe = RECIPES[args.recipe]
+    sizes = args.min_size or recipe.test_size, args.max_size or recipe.max_size
+    if args.workers < 0 or not 0 < sizes[0] <= sizes[1]:
         raise UserError("Give 0 or more workers, and sizes with 0 < min-size <= max-size.", 2)
     if not args.root or not Path(args.root).is_dir():
         raise UserError(f"The folder {args.root!r} does not exist; name one in COCO's layout.")
     splits = args.train_split, args.val_split
     root = Path(args.root)
-    stops = examine(root, splits, "instances", *sizes, args.workers)
+    settings = args.recipe, *sizes, args.workers
+    stops = examine(root, splits, "instances", *settings)
     if any((root / "annotations" / f"person_keypoints_{s}.json").exists() for s in splits):
-        stops += examine(root, splits, "person_keypoints", *sizes, args.workers)
+        stops += examine(root, splits, "person_keypoints", *settings)
     print(f"{'Something above' if stops else 'Nothing here'} would stop or spoil training.")
     return int(stops > 0)
 

@@ -2,6 +2,7 @@
 
   python train.py --recipe r50-gn --dry-run                       needs no data
   python train.py --recipe small --data DIR --dry-run 10          times ten steps on this machine
+  WORLD_SIZE=8 python train.py --recipe r50-gn --dry-run          the plan of eight processes
 
 The plan has the iterations, the epochs, where the learning rate drops, and Figure 2 of the paper:
 how many images, instances and pixels the run sees, beside ImageNet pre-training and fine-tuning.
@@ -29,35 +30,47 @@ STEPS_TO_WARM_UP = 2
 
 
 def show_plan(recipe, args):
-    """Print the plan of a run, as on as many processes as make the recipe's batch.
+    """Print the plan of a run with as many processes as WORLD_SIZE says, otherwise with one.
 
     recipe: not scaled yet; args: train.py's. Raises UserError for a run that would be refused.
     """
-    processes = max(1, recipe.batch_size // recipe.images_per_gpu)
-    world_size = int(os.environ.get("WORLD_SIZE", processes))
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise data.UserError(f"WORLD_SIZE is {said!r}; it must be a number of processes.", code=2)
+    world_size = int(said)
+    if "RANK" not in os.environ:  # not torchrun's: it is for the plan alone
+        os.environ.pop("WORLD_SIZE", None)
+    own_batch = recipe.batch_size
     recipe = train.scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     train.check(recipe, args)
-    of_coco = not (recipe.keypoints or args.recipe == "small" or args.recipe.startswith("toy"))
+    of_paper = not recipe.paper.startswith("(")
     images = sample = None
     if args.data is not None:
         train_set, _ = train.make_datasets(recipe, args)
         images = len(train_set)
         sample = average_sample(train_set, recipe.min_sizes, recipe.max_size)
-    elif of_coco and not args.recipe.endswith("-voc"):
+    elif of_paper and not recipe.keypoints and not args.recipe.endswith("-voc"):
         images = recipe.subset or COCO_IMAGES
         shapes = [data.resize_shape(*COCO_SHAPE, s, recipe.max_size) for s in recipe.min_sizes]
         sample = COCO_OBJECTS, statistics.mean(map(math.prod, shapes))
     print(train.describe(recipe, args, world_size, images))
-    if sample:
+    if recipe.batch_size != own_batch and own_batch % recipe.images_per_gpu == 0:
+        processes = own_batch // recipe.images_per_gpu
+        print(
+            f"          the recipe's batch of {own_batch} takes {processes} process(es) of "
+            f"{recipe.images_per_gpu}: WORLD_SIZE={processes} shows that plan"
+        )
+    if sample and of_paper:
         print(describe_samples(recipe, *sample))
     if args.dry_run > 0:
         if args.data is None:
             raise data.UserError("To time steps, --dry-run STEPS needs --data.", code=2)
         seconds = time_steps(recipe, args, train_set)
         total = tqdm.format_interval(seconds * recipe.iterations)
+        each = f" of each of the {world_size} processes, alike," if world_size > 1 else ""
         print(
-            f"Time      {seconds:.2f} s a step of {recipe.images_per_gpu} images on this machine, "
-            f"{total} for the whole run, evaluations not counted"
+            f"Time      {seconds:.2f} s a step of {recipe.images_per_gpu} images{each} on this "
+            f"machine, {total} for the whole run, evaluations not counted"
         )
 
 

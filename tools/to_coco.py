@@ -10,8 +10,9 @@ IN is a folder, and what lies in it tells its layout:
   masks   masks/NAME.png: in the image NAME, each object has a number or a colour of its own;
           masks/NAME/*.png, or images/* and masks/*.png in a folder for each image: a file an object
 
-OUT gets annotations/instances_{train,val}2017.json, train2017/ and val2017/. IN's own splits are
-kept, unless --val-share asks for new ones. What is left out is told, with its number and reason.
+OUT gets annotations/instances_{train,val}2017.json, train2017/ and val2017/ (and test2017's where
+there is a third split). IN's own splits are kept, unless --val-share asks for new ones. It prints
+what it leaves out, how much and why. To merge data sets, convert each to parts/NAME, then parts.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
 from data import CocoDataset, UserError, coco_problems, read_image, segmentation_problem
 
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw", ".psd")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train": "train", "training": "train", "trainval": "train", "val": "val"}
 SPLITS |= {"valid": "val", "validation": "val", "test": "test", "testing": "test"}
@@ -61,14 +63,22 @@ class Source:
         self.classes = []
         self.pictures = {}
         self.notes = {}
+        for path in self.files_with(*UNREADABLE):
+            self.note("files left out, as their format is not read; save them as JPEG", path)
 
     def files_with(self, *suffixes):
         return [path for path in self.files if path.suffix.lower() in suffixes]
 
     def mask_folder(self, path):
-        """The folder masks/ of the data set in which a path lies, or None."""
-        folders = [self.root / folder for folder in path.relative_to(self.root).parents]
-        return next((f for f in folders[:-1] if f.name.lower() in ("mask", "masks")), None)
+        """The folder masks/ of the data set in which a path lies, or None.
+
+        A folder of that name which holds a whole data set is no such folder.
+        """
+        for folder in path.parents[: len(path.relative_to(self.root).parents) - 1]:
+            if folder.name.lower() in ("mask", "masks"):
+                holds = [(folder / part).is_dir() for part in ("annotations", "images", "masks")]
+                return None if any(holds) else folder
+        return None
 
     def note(self, text, where):
         self.notes.setdefault(text, []).append(where)
@@ -78,12 +88,16 @@ class Source:
         return split_of(path.relative_to(self.root).parent)
 
     def find_image(self, name, near, split=None):
-        """The image of a name; of several, the one of that split or in folders named as near's."""
+        """The image of a name; of several, the one of that split, beside near, or nearly so."""
         found = self.named.get(name, [])
         places = {*near.parts, "images", "JPEGImages"}
-        scores = [(self.split_of(p) == split, len(places.intersection(p.parts))) for p in found]
+        scores = [
+            (self.split_of(p) == split, p.parent == near.parent, len(places.intersection(p.parts)))
+            for p in found
+        ]
         if not found or scores.count(max(scores)) > 1:
-            self.note("annotated images left out, as no file or several have their name", near)
+            having = "several files have" if found else "no image file has"
+            self.note(f"annotated images left out, as {having} their name", near)
             return None
         return found[scores.index(max(scores))]
 
@@ -93,7 +107,7 @@ class Source:
         objects: a list, or a function that makes it of the image's width and height.
         """
         if path in self.pictures:
-            raise UserError(f"{path} is annotated twice; keep one of its annotations.")
+            raise UserError(f"{path} is annotated in two files; keep one, or name a file as IN.")
         try:
             height, width = read_image(path, *(annotated_size or ())).shape[1:]
         except UserError as error:
@@ -259,14 +273,10 @@ def yolo_classes(source):
             return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for path in source.files_with(".yaml", ".yml"):
         found = re.search(r"^names:(.*(?:\n(?:[ \t\]}-].*)?)*)", read_text(path), re.MULTILINE)
+        if found and not yaml_names(found[1]):
+            raise UserError(f'{path} has unknown "names"; write them into classes.txt, one a line.')
         if found:
-            names = yaml_names(found[1])
-            if names:
-                return names
-            raise UserError(
-                f'{path} has "names" in a form that this tool cannot read; write them into a file '
-                "classes.txt beside it, one a line."
-            )
+            return yaml_names(found[1])
     return []
 
 
@@ -329,8 +339,8 @@ def mask_rles(source, file, numbered):
         raise UserError(f"{file} has more than 5,000 values; give each object one number (as PNG).")
     if len(numbers) == 0:
         source.note("masks without an object", file)
-    if numbered and len(numbers) == 1:
-        source.note("masks with a single value: all that it covers is one object", file)
+    if numbered:
+        source.note("masks read as one object a value; if values are classes, this is wrong", file)
     for number in numbers:
         yield coco_mask.encode(np.asfortranarray(values == number, dtype=np.uint8))
 
@@ -341,16 +351,20 @@ def mask_rles(source, file, numbered):
 
 
 def choose_splits(source, val_share, seed):
-    """{"train2017": [path, ...], "val2017": [...]}: the source's own splits, or drawn ones."""
+    """{"train2017": [path, ...], "val2017": [...]}: drawn splits, or the source's own.
+
+    These have "test2017" as well if there are splits for tests and for validation.
+    """
     members = {}
     for path, picture in source.pictures.items():
         members.setdefault(picture["split"], []).append(path)
-    train = members.get("train") or members.get(None)
-    val = members.get("val") or members.get("test")
-    if val_share is None and train and val:
-        for path in source.pictures.keys() - {*train, *val}:
-            source.note("images left out, as they are of no split or of the one for tests", path)
-        return {"train2017": train, "val2017": val}
+    for missing, other in (("train", None), ("val", "test")):
+        if missing not in members and other in members:
+            members[missing] = members.pop(other)
+    if val_share is None and {"train", "val"} <= members.keys():
+        for path in members.pop(None, []):
+            source.note("images left out, as they are of no split", path)
+        return {f"{split}2017": paths for split, paths in members.items()}
     val_share = 0.2 if val_share is None else val_share
     groups = sorted({group_of(path) for path in source.pictures})
     if len(groups) < 2:
@@ -373,10 +387,10 @@ def group_of(path):
 
 def write_splits(source, splits, out, copy):
     """Writes the images and the annotation files of all splits to the folder out."""
-    all_objects = [
-        o for paths in splits.values() for p in paths for o in source.pictures[p]["objects"]
-    ]
-    has_masks = any(o["segmentation"] for o in all_objects)
+    pictures = [source.pictures[path] for paths in splits.values() for path in paths]
+    all_objects = [o for picture in pictures for o in picture["objects"]]
+    without_mask = sum(not o["segmentation"] for o in all_objects)
+    has_masks = without_mask < len(all_objects)
     used = {o["name"] for o in all_objects}
     for name in sorted(set(source.classes) - used):
         source.note("classes left out, as no object is of them", name)
@@ -403,8 +417,6 @@ def write_splits(source, splits, out, copy):
                 o |= {"id": next(annotation_ids), "image_id": image_id}
                 o |= {"category_id": classes.index(o.pop("name")) + 1}
                 o |= {"area": area_of(o, width, height)}
-                if has_masks and not o["segmentation"]:
-                    source.note("objects without a segmentation among others with one", path)
                 if not has_masks:
                     del o["segmentation"]
                 annotations.append(o)
@@ -413,10 +425,15 @@ def write_splits(source, splits, out, copy):
         file.write_text(json.dumps(content))
         CocoDataset(out / split, file, masks=False)  # checks it
         print(f"{split}: {len(images):,} images, {len(annotations):,} objects")
-    print(
-        f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}"
-    )
-    print("boxes and masks" if has_masks else "boxes only: for recipes with masks=False")
+    more = ", ..." if len(classes) > 20 else ""
+    print(f"{len(classes)} classes: {', '.join(classes[:20])}{more}")
+    if not has_masks:
+        print("boxes only: train with --no-masks")
+    elif without_mask == 0:
+        print("boxes and masks")
+    else:
+        print(f"boxes and masks, but {without_mask:,} objects have none: train with --no-masks,")
+        print("  for with masks these objects count as background")
 
 
 def place_image(source, path, target, copy):
@@ -441,33 +458,52 @@ def area_of(o, width, height):
     return int(coco_mask.area(rle))
 
 
-def read(root, class_name):
-    """Reads the data set below root (or the COCO file root) -> Source."""
-    source = Source(root if root.is_dir() else root.parent, class_name)
+def read(source, root):
+    """Reads the pictures of a source: those of its one layout, or of the COCO file root."""
     texts = source.files_with(".txt")
     texts = [p for p in texts if p.stem in source.named or p.parent.name == "labels"]
-    layouts = {  # name: (reader, files, whether images without a file of their own are empty)
-        "COCO": (read_coco, source.files_with(".json") if root.is_dir() else [root], False),
-        "VOC": (read_voc, source.files_with(".xml"), False),
-        "YOLO": (read_yolo, texts, True),
-        "masks": (read_masks, source.masks, True),
+    layouts = {  # name: (reader, files)
+        "COCO": (read_coco, source.files_with(".json")),
+        "VOC": (read_voc, source.files_with(".xml")),
+        "YOLO": (read_yolo, texts if any(map(has_yolo_line, texts)) else []),
+        "masks": (read_masks, source.masks),
     }
-    for name, (reader, files, keeps_empty) in layouts.items():
-        seen = set()
-        entries = tqdm(reader(source, files), unit="image", leave=False, disable=not files)
-        for path, split, objects, size in entries:
-            seen.add(path)
-            if path:
-                source.add(path, split, objects, size)
-        if not seen:
-            continue
-        print(f"{root}: layout {name}")
-        for path in sorted(set(source.images) - seen):
-            source.note("images without annotations, " + ("left out", "kept")[keeps_empty], path)
-            if keeps_empty:
-                source.add(path, source.split_of(path), [])
-        break
-    return source
+    if not root.is_dir():
+        layouts = {"COCO": (read_coco, [root])}
+    found = {}  # layout: what its reader yields of images that are there, and the classes
+    for name, (reader, files) in layouts.items():
+        source.classes = []
+        entries = tqdm(reader(source, files), unit="image", leave=False) if files else ()
+        entries = [entry for entry in entries if entry[0]]
+        if entries:
+            found[name] = entries, source.classes
+    if len(found) > 1:
+        raise UserError(
+            f"{root} has annotations in the layouts {', '.join(found)}; put each into a folder "
+            "of its own, convert them to parts/NAME, and merge these: to_coco.py parts OUT."
+        )
+    if not found:
+        for path in source.images:
+            if path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in source.named:
+                problem = f"{path} is a semantic mask: its values are classes and not objects"
+                raise UserError(f"{problem}; export polygons or boxes in COCO's format instead.")
+        counts = ", ".join(f"{len(files)} of {name}" for name, (_, files) in layouts.items())
+        problem = f"{root} has {len(source.images)} images and these files: {counts}"
+        raise UserError(f"{problem}; none of them fit together (see --help).")
+    ((name, (entries, source.classes)),) = found.items()
+    print(f"{root}: layout {name}")
+    for path, split, objects, size in entries:
+        source.add(path, split, objects, size)
+    is_kept = name in ("YOLO", "masks")  # an image without a file of its own has no objects there
+    for path in sorted(set(source.images) - {entry[0] for entry in entries}):
+        source.note("images without annotations, " + ("kept" if is_kept else "left out"), path)
+        if is_kept:
+            source.add(path, source.split_of(path), [])
+
+
+def has_yolo_line(file):
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return re.search(r"^[ \t]*\d+([ \t]+[-+.\deE]+){4,}[ \t]*$", text, re.MULTILINE)
 
 
 def convert(root, out, val_share=None, seed=0, copy=False, class_name="object"):
@@ -479,10 +515,11 @@ def convert(root, out, val_share=None, seed=0, copy=False, class_name="object"):
         raise UserError(f"{out} is there already; delete it or name another folder.", 2)
     if val_share is not None and not 0 < val_share < 1:
         raise UserError(f"--val-share must lie between 0 and 1, not be {val_share:g}.", 2)
-    source = read(root, class_name)
+    source = Source(root if root.is_dir() else root.parent, class_name)
     try:
+        read(source, root)
         if not any(picture["objects"] for picture in source.pictures.values()):
-            raise UserError(f"{root} has no usable object in a known layout; see --help for these.")
+            raise UserError(f"{root} has no usable object; see what was left out, and --help.")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
             made = Path(folder) / "made"
@@ -491,7 +528,7 @@ def convert(root, out, val_share=None, seed=0, copy=False, class_name="object"):
     finally:
         for text, places in source.notes.items():
             print(f"  {len(places):,} {text}; the first: {places[0]}")
-    print(f"Now examine it: python tools/examine.py {out}")
+    print(f"Now examine it: python tools/examine.py {out} --recipe small")
 
 
 def main(arguments=None):
