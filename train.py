@@ -963,7 +963,7 @@ def describe(recipe, args, world_size, num_images):
         lines[0] += f": {epochs:.1f} epochs of {num_images:,} images"
     ratio = recipe.batch_size / RECIPES[args.recipe].batch_size
     if ratio != 1:
-        lines[2] += f", {ratio:g} of the recipe's: rate x {ratio:g}, iterations / {ratio:g}"
+        lines[2] += f", {ratio:g} of the recipe's: rate x {ratio:g}, iterations x {1 / ratio:g}"
     if recipe.cascade_iterations:
         lines.append(f"Cascade   from {recipe.iterations - recipe.cascade_iterations:,}")
     return "\n".join(lines)
