@@ -402,8 +402,8 @@ def paint_polygons(mask, polygons, old_size, flip):
 #   3) model.py       `sampling_seeds` makes two seeds of it, for the anchors and for the RoIs;
 #                     `random_keys` gives every candidate a number by which `sample` chooses
 #
-# So a resumed run, a shared trunk, any number of workers and any split of the batch over GPUs make
-# the same choices.
+# So a resumed run, a shared trunk and any number of workers make the same choices. Another split of
+# the batch over GPUs does not: its groups hold other images.
 
 
 def hash_of(a, b, c):

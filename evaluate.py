@@ -87,7 +87,7 @@ def evaluation_mode(model):
 def resize_and_detect(model, image, min_size=None, max_size=None, tta=False):
     """Detections in an image [3, H, W] of any size, as from `to_image`; arguments as in `predict`.
 
-    The model is in evaluation mode.
+    The model must be in evaluation mode.
     """
     size = tuple(image.shape[1:])
     min_size = min_size or model.data_settings["min_size"]
@@ -237,7 +237,8 @@ def vote_boxes(detections, scores, boxes, score_threshold):
         agree = ops.box_iou(voted[kept], candidates) >= TTA_VOTE_IOU
         weights = agree * scores[voters, label]
         total = weights.sum(dim=1, keepdim=True)  # 0: a box without area, of IoU 0 with itself
-        mean = weights @ candidates / total.clamp(min=1e-12)
+        with torch.autocast(boxes.device.type, enabled=False):  # bfloat16 rounds to 4 or 8 pixels
+            mean = weights @ candidates / total.clamp(min=1e-12)
         voted[kept] = torch.where(total > 0, mean, voted[kept])
     return voted
 

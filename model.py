@@ -292,15 +292,16 @@ def nms_one_by_one(boxes, groups, candidate, threshold):
 def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
     """The same for a GPU, which would go through boxes slowly and wait for the host in each group.
 
-    At first no box is dropped. Each round drops exactly the boxes that an undropped box suppresses,
-    until nothing changes. The best box is right from the start, and each round settles at least one
-    more; images of COCO need 3 to 10 rounds. An image is settled if the last changed nothing.
+    At first no box is dropped. After each round, the dropped boxes are those that a box suppresses
+    which was not dropped before it. The best box is right from the start, and each round settles at
+    least one more; images of COCO need 3 to 10. An image is settled if the last changed nothing.
     """
     same_group = groups[:, :, None] == groups[:, None]
     suppresses = (pairwise_iou(boxes, boxes) > threshold) & same_group
     suppresses = suppresses.triu(diagonal=1)  # [B, N, N]: the better box, the worse one
     before = dropped = torch.zeros_like(candidate)
     for _ in range(rounds):
+        # (of bools, a > b is "a and not b", in one kernel instead of two)
         before, dropped = dropped, (suppresses > dropped[:, :, None]).any(dim=1)
     return candidate > dropped, (dropped == before).all(dim=1)
 
@@ -716,7 +717,7 @@ def roi_levels(boxes, strides):
     """
     side = box_areas(boxes).clamp(min=0).sqrt()
     level = torch.floor(4 + torch.log2(side / 224 + 1e-8))  # 1e-8: an empty box has no log
-    lowest, highest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
+    lowest, highest = (int(math.log2(s)) for s in (strides[0], strides[-1]))  # P_k: stride 2^k
     return level.clamp(lowest, highest).long() - lowest
 
 
@@ -1054,11 +1055,11 @@ class MaskRCNN(nn.Module):
         """All losses of a batch, as a dict of scalars; all have weight 1.
 
                                 divided by                             first, from random weights
-            loss_objectness     256 * images, if fewer are drawn, too  ln 2 = 0.69
+            loss_objectness     256 * images, even if fewer are drawn  ln 2 = 0.69
             loss_rpn_box_reg    256 * images                           small
             loss_classifier     all sampled RoIs                       ln 81 = 4.39 (80 classes)
             loss_box_reg        all sampled RoIs                       small (little foreground)
-            loss_mask           foreground RoIs * 28^2                 ln 2 = 0.69
+            loss_mask           foreground RoIs * 28^2                 above ln 2: 0.7 to 0.8
             loss_keypoint       labelled keypoints inside their RoIs   ln 56^2 = 8.05
 
         These numbers are counted in this process's own batch. DDP then averages the gradients over
@@ -1104,9 +1105,9 @@ class MaskRCNN(nn.Module):
         image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(*index.shape, 1)
         rois = torch.cat([image, boxes], dim=2)  # [B, S, 5]
         slots = Samples(rois, labels, matched, roi_levels(boxes, strides))
-        masks = torch.stack([sampled, foreground])
-        counts = counts_on_host(masks, slots.levels, len(strides), truth, c.num_classes)
-        return [select_samples(slots, mask, *count) for mask, count in zip(masks, counts)]
+        picked = torch.stack([sampled, foreground])
+        counts = count_and_check(picked, slots.levels, len(strides), truth, c.num_classes)
+        return [select_samples(slots, which, *count) for which, count in zip(picked, counts)]
 
     def box_losses(self, features, samples, truth, sizes):
         """Classification and box losses of every stage, for the sampled RoIs.
@@ -1183,15 +1184,15 @@ class MaskRCNN(nn.Module):
         return {"loss_keypoint": (loss * valid).sum() / valid.sum().clamp(min=1)}
 
 
-def counts_on_host(masks, levels, num_levels, truth, num_classes):
-    """How many RoIs are on each level, and in each image: two lists for each mask in [2, B, S].
+def count_and_check(picked, levels, num_levels, truth, num_classes):
+    """How many picked RoIs are on each level, and in each image: two lists for both of [2, B, S].
 
-    The host waits for the device here, once: so this is also where targets with impossible values
-    are found. ValueError, naming image and field.
+    The host waits for the device here, once. So this is also where targets with impossible values
+    are found: ValueError, naming image and field.
     """
     on_level = levels == torch.arange(num_levels, device=levels.device)[:, None, None]  # [L, B, S]
-    level_counts = (masks[:, None] & on_level).sum(dim=(2, 3))  # [2, L]
-    image_counts = masks.sum(dim=2)  # [2, B]
+    level_counts = (picked[:, None] & on_level).sum(dim=(2, 3))  # [2, L]
+    image_counts = picked.sum(dim=2)  # [2, B]
     size = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, G, 2]; inf - inf is not a number
     wrong_boxes = (size != size.clamp(0, 1e6)).flatten(1).any(dim=1)  # [B]
     wrong_labels = (truth.labels != truth.labels.clamp(1, num_classes)).any(dim=1)
@@ -1204,10 +1205,10 @@ def counts_on_host(masks, levels, num_levels, truth, num_classes):
     return (levels_1, images_1), (levels_2, images_2)
 
 
-def select_samples(slots, mask, level_counts, image_counts):
-    """The slots [B, S] in the mask [B, S] as Samples."""
-    # mask.nonzero() would wait for the device again: the True are sorted to the front instead.
-    index = mask.flatten().argsort(descending=True, stable=True)[: sum(image_counts)]
+def select_samples(slots, picked, level_counts, image_counts):
+    """The picked [B, S] of the slots [B, S] as Samples."""
+    # picked.nonzero() would wait for the device again: the True are sorted to the front instead.
+    index = picked.flatten().argsort(descending=True, stable=True)[: sum(image_counts)]
     parts = (slots.rois, slots.labels, slots.matched, slots.levels)
     parts = (part.flatten(0, 1).index_select(0, index) for part in parts)
     return Samples(*parts, level_counts, image_counts)
@@ -1229,7 +1230,7 @@ def check_images(images):
 
 
 def check_targets(images, targets, config):
-    """ValueError, naming image and field, for targets of wrong form (values: `counts_on_host`)."""
+    """ValueError, naming image and field, for targets of wrong form (values: `count_and_check`)."""
     is_list = isinstance(targets, (list, tuple)) and len(targets) == len(images)
     require(is_list, f"targets must be a list of {len(images)} dicts, one for each image.")
     for i, (image, target) in enumerate(zip(images, targets)):
@@ -1465,10 +1466,11 @@ def check_backbone(path, content, model, misfits):
     theirs, ours = content["config"], model.config
     misfits = [n for n in misfits if n.startswith("backbone.") and "num_batches" not in n]
     convolutions = [name for name in misfits if name.endswith("conv.weight")]
-    # A norm shows in the names of its tensors. One does not: "frozen_bn" has the names of "bn", and
-    # the statistics of MSRA's files are folded into its weights, so that "bn" cannot go on from it.
+    # A norm shows in the names of its tensors, but "frozen_bn" has those of "bn". The statistics of
+    # MSRA's files are folded into their weights: a norm that is trained cannot go on from them,
+    # unless the whole backbone, 5 stages, is frozen.
     norm = str(theirs.get("norm", ours.norm))[:20]
-    folded = norm == "frozen_bn" != ours.norm and ours.freeze_at < 5
+    folded = norm == "frozen_bn" and ours.norm != "frozen_bn" and ours.freeze_at < 5
     other = None
     if theirs.get("stride_in_1x1", ours.stride_in_1x1) != ours.stride_in_1x1:
         other = "stride_in_1x1 than this model's"

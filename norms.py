@@ -12,11 +12,11 @@ and they differ in what mean and var are taken over. For x of shape [N, C, H, W]
     SyncBatchNorm     a channel, in all processes             N of all, H, W         C
     FrozenBatchNorm   (constants of the pre-trained model)                           C
 
-Why a detector that is trained from scratch needs GroupNorm or SyncBatchNorm: images of 800 x 1333
-fill a GPU with one or two of them. BN's statistics over so few images are noisy, and differ from
-the running averages that it uses at test time. Detectors used to freeze BN at ImageNet's
-statistics, which needs a pre-trained model. GroupNorm does not look at the batch at all;
-SyncBatchNorm takes its statistics over the batch of all GPUs (8 x 2 images).
+A detector that is trained from scratch needs GroupNorm or SyncBatchNorm, because a GPU holds only
+one or two images of 800 x 1333. BN's statistics over so few images are noisy, and differ from the
+running averages that it uses at test time. Detectors used to freeze BN at ImageNet's statistics,
+which needs a pre-trained model. GroupNorm does not look at the batch at all; SyncBatchNorm takes
+its statistics over the batch of all GPUs (8 x 2 images).
 
 This file imports torch only. Each class can be copied out, SyncBatchNorm with AllReduceSum.
 """
@@ -141,7 +141,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         # 1) sum of x and of x^2 of each channel here, in float64: sum x^2 = sum (x - m)^2 + n m^2,
         #    where m is the local mean (in float32, a large mean would cost all digits)
         n = x.numel() // x.shape[1]
-        x32 = x.float()
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         m = x32.sum(dim=(0, 2, 3)) / max(n, 1)  # [C]
         centred = (x32 - m[:, None, None]).square().sum(dim=(0, 2, 3)).double()
         m = m.double()
@@ -156,8 +156,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self.update_running_statistics(mean, var, count, seen=sums[-1] > 0)
 
         # 3) gamma * (x - mean) / sqrt(var + eps) + beta
-        scale = self.weight * (var + self.eps).rsqrt().float()
-        shift = self.bias - mean.float() * scale
+        scale = self.weight * (var + self.eps).rsqrt().to(x32.dtype)
+        shift = self.bias - mean.to(x32.dtype) * scale
         return torch.addcmul(shift[:, None, None], x32, scale[:, None, None]).to(x.dtype)
 
     @torch.no_grad()

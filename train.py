@@ -323,25 +323,6 @@ def make_optimizer(model, recipe):
     return torch.optim.SGD(groups, recipe.learning_rate, recipe.momentum, fused=fused)
 
 
-def momentum_of(model, optimizer):
-    """SGD's momentum by parameter name, so that it fits a model that has grown to a cascade."""
-    state = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
-    return {name: s["momentum_buffer"] for name, s in state.items() if s}
-
-
-def set_momentum(model, optimizer, momentum):
-    """The inverse of `momentum_of`; parameters that `momentum` does not name start with zero.
-
-    Zero does what no momentum does, but torch's fused SGD takes it for all of a group or for none.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            buffer = torch.zeros_like(parameter, requires_grad=False)
-            optimizer.state[parameter]["momentum_buffer"] = buffer
-            if name in momentum:
-                buffer.copy_(momentum[name])
-
-
 # -- The loop --------------------------------------------------------------------------------------
 
 
@@ -356,7 +337,8 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     loader = make_loader(recipe, args, train_set, iteration)
     log = Log(recipe, args, checkpoint, last, device)
     with contextlib.closing(loader), contextlib.closing(log.bar), Alarm() as alarm:
-        if evaluation_due(iteration, recipe, last):  # the run ended before it was evaluated here
+        # A checkpoint is saved before its evaluation, which the log that it goes on from lacks.
+        if evaluation_due(iteration, recipe, last):
             metrics = evaluate_and_log(model, val_set, args, iteration, log)
         while iteration < last and not alarm.stop:
             # Sec. 5.1: a cascade recipe trains three box heads in its last 270k iterations.
@@ -389,11 +371,12 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             # 4) A line of the log, a checkpoint, an evaluation
             log.bar.update()
             if iteration % recipe.log_every == 0 or iteration == last:
+                alarm.read()  # about this step: the log waits for its losses in any case
                 log.step(iteration, rate, losses)
             evaluates = evaluation_due(iteration, recipe, last)
             saves = evaluates or iteration % recipe.checkpoint_every == 0 or iteration in kept
             if saves or alarm.stop:
-                alarm.read()  # about this step, whose weights are to be saved and evaluated
+                alarm.read()  # about this step: its weights are to be saved and evaluated
                 save_checkpoint(model, optimizer, iteration, recipe, args, len(train_set), log)
             if evaluates and not alarm.stop:
                 metrics = evaluate_and_log(model, val_set, args, iteration, log)
@@ -690,6 +673,25 @@ def grow_to_cascade(model, optimizer, recipe):
 # (seed, iteration, position in the batch): data.py, above `hash_of`.
 
 
+def momentum_of(model, optimizer):
+    """SGD's momentum by parameter name, so that it fits a model that has grown to a cascade."""
+    state = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    return {name: s["momentum_buffer"] for name, s in state.items() if s}
+
+
+def set_momentum(model, optimizer, momentum):
+    """The inverse of `momentum_of`; parameters that `momentum` does not name start with zero.
+
+    A momentum of zero acts like none, but fused SGD needs one for all of a group or for none.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            buffer = torch.zeros_like(parameter, requires_grad=False)
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+            if name in momentum:
+                buffer.copy_(momentum[name])
+
+
 def checkpoint_path(out, iteration):
     return Path(out) / f"checkpoint_{iteration:07d}.pth"
 
@@ -760,7 +762,7 @@ def read_checkpoint(path, recipe, args, train_set, may_differ=()):
     theirs |= {"seed": checkpoint["seed"], "init": Path(checkpoint["init"]).name}
     ours = dataclasses.asdict(recipe) | {"name": args.recipe, "classes": train_set.classes}
     ours |= {"seed": args.seed, "init": Path(args.init).name}
-    # These may differ: they do not change what is computed.
+    # These may differ. (images_per_gpu changes which images share a batch; the header says so.)
     may_differ = {"images_per_gpu", "compile", "eval_every", "paper", *may_differ}
     differ = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
     if differ:
@@ -828,7 +830,7 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("--recipe", default="toy", metavar="R", choices=list(RECIPES), help="see --list (toy)")
     add("--schedule", metavar="Nx", choices=list(SCHEDULES), help="length: N times the recipe's 1x")
-    add("--data", metavar="DIR", help="data set in COCO's or VOC's layout (toys: generated)")
+    add("--data", metavar="DIR", help="in COCO's layout, or VOC's devkit (toys: generated)")
     add("--train-split", default="train2017", metavar="NAME", help="(train2017)")
     add("--val-split", default="val2017", metavar="NAME", help="(val2017)")
     add("--out", metavar="DIR", help="for checkpoints, log and pictures (runs/RECIPE)")
@@ -843,7 +845,7 @@ def parse_arguments(arguments):
     add("--images-per-gpu", type=int, metavar="N", help="rate and schedule scale with the batch")
     add("--iterations", type=int, metavar="N", help="stop after N; never changes the schedule")
     add("--eval-every", type=int, metavar="N", help="iterations between evaluations")
-    add("--workers", type=int, metavar="N", help="loader processes per GPU (from the cores)")
+    add("--workers", type=int, metavar="N", help="loader processes per GPU (CPU: 2)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the whole run (0)")
     add("--device", metavar="D", help="cuda or cpu (cuda if there is one)")
     add("--from", dest="trunk", metavar="DIR", help="branch off a longer run of the same recipe at "
@@ -941,11 +943,11 @@ def make_datasets(recipe, args):
 
 
 def check_epochs(recipe, args, num_images):
-    """Refuse a schedule for far more images; the paper's smallest set is seen 640 times."""
+    """Refuse more than 3,000 epochs; the most of a recipe for COCO are r50-gn-1k's 640."""
     iterations = min(recipe.iterations, args.iterations or recipe.iterations)
     epochs = round(iterations * recipe.batch_size / num_images)
     if epochs > 3000:
-        what = f"{iterations:,} iterations are {epochs:,} epochs of {num_images:,} images"
+        what = f"{epochs:,} epochs of {num_images:,} images are more than 3,000"
         raise UserError(f"{what}; use the recipe small, or finetune with --init FILE.", code=2)
 
 

@@ -402,7 +402,7 @@ def test_the_picture_of_readme_is_made_as_shown(tmp_path, monkeypatch):
     (code,) = blocks(PAGES["docs/tools.md"], "python")
     for folder in ("runs/toy/pictures", "docs"):
         (tmp_path / folder).mkdir(parents=True)
-    for i in range(6):
+    for i in range(8):
         Image.new("RGB", (60, 40 + i)).save(tmp_path / "runs/toy/pictures" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "tools.md", "exec"), {})

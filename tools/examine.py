@@ -179,7 +179,7 @@ def describe_anchors(boxes, recipe, min_size):
     base = f'RECIPES["{recipe}"].model | ' if RECIPES[recipe].model else ""
     setting = f'model={base}{{"{field}": {value}}}'
     if field == "scale":
-        setting = f"images {value} times as large (test_size={value * min_size:.0f})"
+        setting = f"min_sizes, max_size and test_size {value} times as large"
     print(f"    {shares[change][0]:.1%} ({shares[change][1]:.1%}) with {setting}")
 
 

@@ -331,7 +331,9 @@ def mask_rles(source, file, numbered):
             else:
                 values = np.asarray(image.convert("RGB")).astype(np.int32) @ (65536, 256, 1)
     except Exception:  # a damaged file can make a decoder fail in any way
-        raise UserError(f"{file} cannot be read; replace it, or remove its image too.") from None
+        raise UserError(
+            f"{file} is no mask that can be read; save it as PNG, or remove its image too."
+        ) from None
     if not numbered:
         values = values > values.max() / 2
     numbers = np.unique(values[values > 0])
