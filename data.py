@@ -245,7 +245,8 @@ class VocDataset(CocoDataset):
 
     def __init__(self, root, splits, training=False, subset=None, keep_empty=False):
         self.splits = splits
-        super().__init__(root, root, training, False, False, subset, keep_empty)
+        choice = {"subset": subset, "keep_empty": keep_empty}
+        super().__init__(root, root, training, masks=False, **choice)
 
     def _read(self):
         return read_voc(self.image_dir, self.splits)
@@ -505,7 +506,6 @@ def read_ahead(dataset, workers, keys):
 
 
 # ---- Worker processes ----------------------------------------------------------------------------
-
 
 TOO_LITTLE = (
     "The loading processes have failed ({}); give them more shared memory (docker run "

@@ -948,7 +948,8 @@ def check_epochs(recipe, args, num_images):
     epochs = round(iterations * recipe.batch_size / num_images)
     if epochs > 3000:
         what = f"{epochs:,} epochs of {num_images:,} images are more than 3,000"
-        raise UserError(f"{what}; use the recipe small, or finetune with --init FILE.", code=2)
+        advice = "give --schedule, or a recipe for few images (small; finetune with --init FILE)"
+        raise UserError(f"{what}; {advice}.", code=2)
 
 
 def describe(recipe, args, world_size, num_images):

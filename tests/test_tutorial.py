@@ -96,7 +96,7 @@ def test_torchvisions_finetuning_tutorial_runs_on_this_model(pure):
     for _ in range(2 if pure else 1):
         losses.append(train_one_epoch(model, optimizer, loader))
         scheduler.step()
-    assert losses[-1] <= losses[0]
+    assert not pure or losses[1] < losses[0]
 
     model.eval()
     image, _ = Pedestrians(9, get_transform(train=False))[8]
