@@ -3,6 +3,10 @@
 Everything here yields the same pair, (image, target): the image a uint8 RGB tensor [3, H, W], the
 target a dict of plain tensors in the pixels of that image. Nothing here knows about the model.
 
+In reading order: COCO's pairs; subsets and VOC; transforms; sampler and loader, where the route
+of the random seed is told. The second half is plumbing, not the paper: worker processes, and how
+images and annotations are read and checked.
+
 Coordinates are continuous: pixel (row i, column j) covers the square [j, j + 1] x [i, i + 1], and a
 box (x1, y1, x2, y2) has the width x2 - x1 without a "+ 1" (Detectron2's convention).
 """
@@ -258,8 +262,8 @@ def open_split(
     """The data set of a split below the folder `root`, in COCO's layout or VOC's.
 
     COCO's: annotations/instances_SPLIT.json (keypoints: person_keypoints_...) and SPLIT/. VOC's is
-    known by its VOC2012/, be it in VOCdevkit/; its splits are VOC_SPLITS and the lists of VOC2012.
-    The other arguments are CocoDataset's. Raises UserError for any other layout.
+    known by its VOC2012/, possibly inside VOCdevkit/; its splits are VOC_SPLITS and the lists of
+    VOC2012. The other arguments are CocoDataset's. Raises UserError for any other layout.
     """
     root = os.fspath(root)
     for devkit in (root, os.path.join(root, "VOCdevkit")):
@@ -425,9 +429,9 @@ class BatchSampler(Sampler):
     """Yields this process's share of each batch, endlessly: [(index, image seed), ...].
 
     Images form groups of images_per_gpu of one orientation (w >= h or not: less padding), as in
-    Detectron, new ones every epoch. An epoch shows every image once; an orientation's last group is
-    topped up with images from its first. The groups of all epochs are one stream, of which every
-    iteration takes the next world_size groups, one for each rank.
+    Detectron, new ones every epoch. An epoch shows every image at least once: an orientation's last
+    group is filled up with images from its first. The groups of all epochs are one stream, of which
+    every iteration takes the next world_size groups, one for each rank.
     """
 
     def __init__(self, dataset, images_per_gpu, seed=0, rank=0, world_size=1, start_iteration=0):
@@ -590,7 +594,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 def image_path(image_dir, file_name, image_id=None):
-    """The path of file_name in image_dir; UserError if it leaves that folder, be it by a link."""
+    """The path of file_name in image_dir; UserError if it leads out of it, even through a link."""
     root = os.path.realpath(image_dir)
     path = os.path.realpath(os.path.join(root, file_name))
     if os.path.commonpath([root, path]) != root:
@@ -653,10 +657,7 @@ def read_coco(file, masks=False, keypoints=False):
 
 
 def read_voc(root, splits):
-    """Lists and annotations of VOC's devkit in the form of a COCO file, by `complete_coco`.
-
-    Annotations have one field more than COCO's: "difficult".
-    """
+    """Lists and annotations of VOC's devkit in the form of a COCO file, by `complete_coco`."""
     images = []
     annotations = []
     try:
@@ -672,22 +673,28 @@ def read_voc(root, splits):
                 image["file_name"] = f"{folder}/JPEGImages/{name}.jpg"
                 images.append(image)
                 for entry in tree.iter("object"):
-                    sides = ("xmin", "ymin", "xmax", "ymax")
-                    x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in sides)
-                    x1, y1 = x1 - 1, y1 - 1  # VOC counts pixels from 1 and includes the last one
-                    difficult = int(entry.findtext("difficult", "0").strip() == "1")
-                    annotation = {"id": len(annotations) + 1, "image_id": image["id"]}
-                    class_name = entry.findtext("name").strip()
-                    annotation["category_id"] = VOC_CLASSES.index(class_name) + 1
-                    annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-                    annotation["iscrowd"] = annotation["difficult"] = difficult
-                    annotations.append(annotation)
+                    ids = {"id": len(annotations) + 1, "image_id": image["id"]}
+                    annotations.append(ids | voc_object(entry))
     except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
         problem = f"{path} is no file of VOC's devkit ({first_line(error)})"
         raise UserError(f"{problem}; unpack it whole, or {CONVERT}.") from None
     categories = [{"id": k, "name": name} for k, name in enumerate(VOC_CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return complete_coco(content, root)
+
+
+def voc_object(entry):
+    """An <object> of VOC's XML as a COCO annotation, with the field "difficult" besides."""
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in sides)
+    x1, y1 = x1 - 1, y1 - 1  # VOC counts pixels from 1 and includes the last one
+    difficult = int(entry.findtext("difficult", "0").strip() == "1")
+    return {
+        "category_id": VOC_CLASSES.index(entry.findtext("name").strip()) + 1,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "iscrowd": difficult,
+        "difficult": difficult,
+    }
 
 
 def complete_coco(content, file, masks=False, keypoints=False):

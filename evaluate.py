@@ -141,6 +141,7 @@ def paste_mask(mask, box, height, width):
     if x2 <= x1 or y2 <= y1:
         return image.T
     window = []
+    # Rows, then columns: [M, M] -> [M, rows] -> [rows, columns]
     for low, high, length in ((y1, y2, height), (x1, x2, width)):
         count = len(mask)
         fade = (high - low) / (2 * count)
@@ -342,6 +343,7 @@ def detect_all(model, dataset, positions, tta, workers, progress):
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             yield dataset.image_ids[i], arrays, size, dataset.category_ids
 
+    # A key of this "data set" is an image's detections: to ask for the next key runs the model.
     results = data.compute_ahead(data.Computed(coco_results), workers, detections())
     return dict(tqdm(results, "evaluate", len(positions), leave=False, disable=not progress))
 
@@ -528,7 +530,7 @@ SKELETON = [  # pairs of data.KEYPOINT_NAMES that a line joins
     (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12),
     (11, 12), (11, 13), (13, 15), (12, 14), (14, 16),
 ]  # fmt: skip
-PICTURE_SIDES = 480, 1600  # limits of the longer side: names must fit, memory is bounded
+PICTURE_SIDES = 480, 1600  # limits of the longer side, so that names fit and memory stays bounded
 
 
 def draw(image, detections, classes=None, score=0.5):
@@ -631,7 +633,7 @@ def run(arguments):
         export(args.weights, args.export)
         return
     rank, _, device = start_processes(args.device)
-    model = load_model(args.weights).to(device)
+    model = load_model(args.weights).to(device, memory_format=torch.channels_last)
     if args.tta:
         refuse_keypoints(model)
     if args.images:
@@ -665,7 +667,7 @@ def make_parser():
     add("--out", metavar="DIR", help="folder for results (--data) or pictures (--images: .)")
     add("--split", default="val2017", help="which part of --data (val2017)")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, about 20x the time")
-    add("--amp", action="store_true", help="bfloat16: faster on a GPU, slightly other numbers")
+    add("--amp", action="store_true", help="bfloat16: faster on a GPU, slightly different numbers")
     add("--per-class", action="store_true", help="AP of each class of --data, too")
     add("--score", type=float, default=0.5, help="--images: the least score that is shown (0.5)")
     add("--workers", type=int, default=2, help="processes for --data that decode images (2)")
@@ -771,7 +773,7 @@ def lock_folder(out):
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            problem = f"Another run or evaluation writes into {out}; wait, or give another --out."
+            problem = f"Another run or evaluation is writing to {out}; wait, or give another --out."
             raise UserError(problem, code=2) from None
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks

@@ -22,6 +22,7 @@ import math
 import os
 import pickletools
 import zipfile
+from errno import EINVAL
 from pathlib import Path
 from typing import NamedTuple
 
@@ -292,9 +293,10 @@ def nms_one_by_one(boxes, groups, candidate, threshold):
 def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
     """The same for a GPU, which would go through boxes slowly and wait for the host in each group.
 
-    At first no box is dropped. After each round, the dropped boxes are those that a box suppresses
-    which was not dropped before it. The best box is right from the start, and each round settles at
-    least one more; images of COCO need 3 to 10. An image is settled if the last changed nothing.
+    At first no box is dropped. In each round, a box is dropped if a better box of its group
+    overlaps it and was not itself dropped in the round before. The best box is right from the
+    start, and each round settles at least one more; images of COCO need 3 to 10. An image is
+    settled if the last round changed nothing.
     """
     same_group = groups[:, :, None] == groups[:, None]
     suppresses = (pairwise_iou(boxes, boxes) > threshold) & same_group
@@ -496,9 +498,9 @@ class ResNet(Backbone):
         self.freeze(stages, config.freeze_at)
 
     def forward(self, x):  # [B, 3, H, W]
-        # Stem and res2 take a quarter of a step's memory and 2 % of its work. With `recompute`,
-        # their maps are not kept but computed again in the backward pass. BN would update its
-        # running statistics twice.
+        # Stem and res2 take a quarter of a step's memory. With `recompute`, their maps are not kept
+        # but computed again in the backward pass, which adds 2 % to a step's work. BN would update
+        # its running statistics twice.
         if self.training and self.recompute and self.norm not in ("bn", "syncbn"):
             res2 = checkpoint(self.to_res2, x, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -994,7 +996,8 @@ class MaskRCNN(nn.Module):
         """(10, 10, 5, 5), in stages 2 and 3 of a cascade 2 and 3 times as large.
 
         A later stage's RoIs are closer to the objects: the spread of its targets is smaller.
-        (Growing a cascade out of stage 1 has to make up for it: Choice 13, in train.py.)
+        (Growing a cascade out of stage 1 has to make up for it: Choice 13, in train.py.) `stage`
+        counts from 0, the names of losses from 1, as in the paper.
         """
         weights = torch.tensor([w * (stage + 1) for w in self.config.bbox_reg_weights])
         return weights.to(self.image_mean.device, non_blocking=True)
@@ -1106,6 +1109,7 @@ class MaskRCNN(nn.Module):
         rois = torch.cat([image, boxes], dim=2)  # [B, S, 5]
         slots = Samples(rois, labels, matched, roi_levels(boxes, strides))
         picked = torch.stack([sampled, foreground])
+        # The host waits for the device here and nowhere else, so the targets are checked here, too.
         counts = count_and_check(picked, slots.levels, len(strides), truth, c.num_classes)
         return [select_samples(slots, which, *count) for which, count in zip(picked, counts)]
 
@@ -1119,16 +1123,17 @@ class MaskRCNN(nn.Module):
         c, stages = self.config, len(self.box_heads)
         losses = {}
         for stage, head in enumerate(self.box_heads):
-            rois, labels, matched, levels, level_counts, _ = samples
-            pooled = self.pool(features, rois, c.box_roi_size, levels, level_counts)
+            rois, labels = samples.rois, samples.labels
+            where = samples.levels, samples.level_counts
+            pooled = self.pool(features, rois, c.box_roi_size, *where)  # [R, 256, 7, 7]
             if stages > 1 and pooled.requires_grad:  # the stages share the features (Detectron2)
                 pooled.register_hook(lambda grad: grad * (1 / stages))
             logits, deltas = head(pooled)  # [R, K + 1], [R, K or 1, 4]
-            foreground = labels > 0
+            is_object = labels > 0
             with torch.no_grad():
                 # Background gets its own box as target: a finite error, which the loss leaves out.
-                box_truth = truth.boxes[rois[:, 0].long(), matched]  # [R, 4]
-                box_truth = torch.where(foreground[:, None], box_truth, rois[:, 1:])
+                box_truth = truth.boxes[rois[:, 0].long(), samples.matched]  # [R, 4]
+                box_truth = torch.where(is_object[:, None], box_truth, rois[:, 1:])
                 box_targets = encode_boxes(box_truth, rois[:, 1:]) * self.box_weights(stage)
             column = (labels - 1).clamp(min=0) if deltas.shape[1] > 1 else torch.zeros_like(labels)
             deltas_of_class = take(deltas, column[:, None])[:, 0]  # [R, 4]
@@ -1138,7 +1143,7 @@ class MaskRCNN(nn.Module):
             count = max(len(labels), 1)  # *all* sampled RoIs: each counts the same (Fast R-CNN)
             name = f"_{stage + 1}" if stages > 1 else ""
             losses["loss_classifier" + name] = class_loss / count
-            losses["loss_box_reg" + name] = (box_loss * foreground[:, None]).sum() / count
+            losses["loss_box_reg" + name] = (box_loss * is_object[:, None]).sum() / count
             if stage + 1 < stages:
                 samples = self.next_samples(rois, deltas, stage, truth, sizes)
         return losses
@@ -1156,14 +1161,15 @@ class MaskRCNN(nn.Module):
 
     def mask_loss(self, features, foreground, targets):
         """Binary cross-entropy of the true class's mask, at each of 28 x 28 pixels."""
-        rois, labels, matched, levels, level_counts, image_counts = foreground
-        size = self.config.mask_roi_size
-        truth = mask_targets(targets, rois, matched, image_counts, 2 * size)  # [R, 28, 28]
-        pooled = self.pool(features, rois, size, levels, level_counts)  # [R, 256, 14, 14]
-        logits = self.mask_head(pooled, labels)  # [R, 28, 28]
+        rois, size = foreground.rois, self.config.mask_roi_size
+        matched, counts = foreground.matched, foreground.image_counts
+        masks = mask_targets(targets, rois, matched, counts, 2 * size)  # [R, 28, 28]
+        where = foreground.levels, foreground.level_counts
+        pooled = self.pool(features, rois, size, *where)  # [R, 256, 14, 14]
+        logits = self.mask_head(pooled, foreground.labels)  # [R, 28, 28]
         # Without foreground the sum is 0 but still depends on every parameter of the head, so that
         # the process takes part in all-reduces of SyncBN and of the gradients (all heads do this).
-        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(logits, masks, reduction="sum")
         return {"loss_mask": loss / max(logits.numel(), 1)}  # / (foreground RoIs * 28^2)
 
     def keypoint_loss(self, features, foreground, targets):
@@ -1174,8 +1180,8 @@ class MaskRCNN(nn.Module):
         """
         rois, size = foreground.rois, self.config.keypoint_roi_size
         matched = foreground.matched.split(foreground.image_counts)
-        truth = torch.cat([t["keypoints"][index] for t, index in zip(targets, matched)]).float()
-        cell, valid = keypoint_targets(truth, rois[:, 1:], 4 * size)  # [R, 17]
+        points = torch.cat([t["keypoints"][index] for t, index in zip(targets, matched)]).float()
+        cell, valid = keypoint_targets(points, rois[:, 1:], 4 * size)  # [R, 17]
         useful = valid.any(dim=1)
         cell, valid = cell[useful].flatten(), valid[useful].flatten()
         heatmaps = self.keypoint_head(self.pool(features, rois[useful], size))  # [R', 17, 56, 56]
@@ -1301,7 +1307,7 @@ class WeightsError(ValueError):
 
 @contextlib.contextmanager
 def write_whole(path):
-    """A binary file to write, which appears at `path` whole or not at all, whatever dies when.
+    """A binary file to write, which appears at `path` whole or not at all, even after a kill.
 
     It is written beside it under a name of this process's own, synced, renamed, and the folder
     synced. Raises OSError with the path.
@@ -1387,7 +1393,9 @@ def read_checkpoint(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
         raise WeightsError(f"There is no file {path}.") from None
-    except Exception:  # whatever a truncated, foreign or malicious file brings about
+    except Exception as error:  # whatever a truncated, foreign or malicious file brings about
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, EINVAL):
+            raise  # the machine's fault, not the file's
         raise WeightsError(
             f"{path} is damaged or incomplete, or holds more than plain data and tensors: use the "
             "checkpoint before it, or copy the file again."

@@ -44,7 +44,7 @@ from data import UserError
 
 # -- Recipes ---------------------------------------------------------------------------------------
 
-# "1x" is 90,000 iterations of 16 images: 12.3 epochs of COCO train2017.
+# "1x" is 90,000 iterations of 16 images: 12.3 epochs of the usable images of train2017.
 SCHEDULES = {f"{n}x": n * 90_000 for n in range(1, 12)}
 
 
@@ -57,7 +57,7 @@ class Recipe:
     norm: str = "gn"
     masks: bool = True
     keypoints: int = 0  # how many
-    cascade_iterations: int = 0  # the last so many iterations train a cascade; 0: none
+    cascade_iterations: int = 0  # how many of the last iterations train a cascade
     model: dict = dataclasses.field(default_factory=dict)  # further fields of model.Config
     freeze_at: int = 0  # random layers must not be frozen (Sec. 3.1)
     freeze_at_pretrained: int = 2  # stem and res2, as in Detectron's GN baselines (Choice 9)
@@ -66,7 +66,7 @@ class Recipe:
     iterations: int = SCHEDULES["6x"]  # from random weights
     iterations_pretrained: int = SCHEDULES["2x"]
     one_x: float = SCHEDULES["1x"]  # iterations that --schedule counts in
-    # The last iterations at reduced rates, *whatever the total*. Below 1: shares of the total.
+    # "The last 60k and last 20k iterations", *whatever the total*. Below 1: shares of the total.
     tails: tuple = (60_000, 20_000)
     drop_factor: float = 0.1  # of the rate at the beginning of each tail
 
@@ -292,7 +292,7 @@ def learning_rate(iteration, recipe):
 def make_optimizer(model, recipe):
     """SGD with Detectron's three groups of parameters (Choice 2); "rate" multiplies the rate.
 
-    Weights decay. Gammas of norms do not: that would pull the output of a layer to 0 instead of
+    Weights decay. Gammas of norms do not: decay would pull a layer's output to 0 instead of
     regularizing the convolution before it, whose scale the norm removes. Biases and betas do not
     either, and learn at twice the rate.
 
@@ -319,8 +319,7 @@ def make_optimizer(model, recipe):
         {"params": gammas, "rate": 1.0, "weight_decay": 0.0},
         {"params": biases, "rate": recipe.bias_rate, "weight_decay": 0.0},
     ]
-    fused = weights[0].is_cuda or None  # one kernel for all parameters; None: torch's own choice
-    return torch.optim.SGD(groups, recipe.learning_rate, recipe.momentum, fused=fused)
+    return torch.optim.SGD(groups, recipe.learning_rate, recipe.momentum, fused=True)
 
 
 # -- The loop --------------------------------------------------------------------------------------
@@ -337,7 +336,8 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     loader = make_loader(recipe, args, train_set, iteration)
     log = Log(recipe, args, checkpoint, last, device)
     with contextlib.closing(loader), contextlib.closing(log.bar), Alarm() as alarm:
-        # A checkpoint is saved before its evaluation, which the log that it goes on from lacks.
+        # Checkpoints are saved before they are evaluated. So a resumed run, whose log was cut
+        # there, evaluates its checkpoint first.
         if evaluation_due(iteration, recipe, last):
             metrics = evaluate_and_log(model, val_set, args, iteration, log)
         while iteration < last and not alarm.stop:
@@ -429,9 +429,8 @@ def make_model(recipe, num_classes, **settings):
 
 
 def place(model, recipe, device):
-    """Put the model on its device, in training mode; on CUDA, channels_last is faster."""
-    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-    model.to(device, memory_format=layout).train()
+    """Put the model on its device, in training mode, in channels_last: faster convolutions."""
+    model.to(device, memory_format=torch.channels_last).train()
     if recipe.compile:
         compile_parts(model)
 
@@ -488,7 +487,7 @@ class Alarm:
     of `with Alarm()`, SIGTERM, SIGINT (Ctrl-C) and SIGHUP no longer end the process by themselves.
     """
 
-    MOST = 1000.0  # no healthy loss comes near this; behind it, the next one is often NaN
+    MOST = 1000.0  # no healthy loss comes near this; beyond it, the next one is often NaN
 
     def __init__(self):
         self.signals = []  # that this process has received
@@ -580,7 +579,7 @@ class Log:
             record["peak_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
         self.write(record)
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
-        # The first steps were slower, for everything starts up.
+        # The first steps were slower, while everything warmed up.
         if before < self.start + max(10, 2 * self.recipe.log_every) <= iteration:
             seconds = (self.bar.total - iteration) * self.recipe.batch_size / speed
             say(f"Time      {tqdm.format_interval(seconds)} to go, evaluations not counted")
@@ -720,7 +719,7 @@ def milestones(recipe):
 
 
 def save_checkpoint(model, optimizer, iteration, recipe, args, num_images, log):
-    """Write a checkpoint and leave the last two and the milestones. All processes call this."""
+    """Write a checkpoint; keep only the last two and the milestones. All processes call this."""
     rank, world_size = rank_and_size()
     if recipe.norm == "bn" and world_size > 1:
         # BN's running statistics are each process's own: the first one's are evaluated and kept.
@@ -802,8 +801,8 @@ def find_checkpoint(recipe, args, train_set):
 def read_trunk(recipe, args, train_set):
     """The last checkpoint that this schedule shares with the longer run in the folder --from.
 
-    All schedules of a recipe are the same run until their own first drop, for the tails have the
-    same length whatever the total. Raises UserError where that is not so.
+    All schedules of a recipe are the same run until their own first drop: nothing before it depends
+    on the total. Raises UserError where that is not so.
     """
     if recipe.cascade_iterations:
         # A shorter cascade run switches earlier, and shares nothing with its trunk from there on.
@@ -813,6 +812,8 @@ def read_trunk(recipe, args, train_set):
         drop = f"the first drop of this schedule, {recipe.drops[0]:,}"
         raise UserError(f"--from {args.trunk}: it has no checkpoint before {drop}.", code=2)
     checkpoint = read_checkpoint(shared[-1], recipe, args, train_set, may_differ=("iterations",))
+    if checkpoint["iteration"] == args.iterations:
+        raise UserError(f"--iterations {args.iterations:,} is where {shared[-1]} is.", code=2)
     theirs = replace(recipe, iterations=checkpoint["recipe"]["iterations"])
     if checkpoint["iteration"] > theirs.drops[0]:
         raise UserError(f"--from {args.trunk} is the shorter run; branch off a longer one.", code=2)

@@ -1,6 +1,7 @@
 """train.py: the schedule in the paper's numbers, the optimizer, DDP, and whole runs of 6 steps."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -449,6 +451,7 @@ def test_a_shorter_schedule_branches_off_the_trunk(command, monkeypatch, capsys)
         (["--schedule", "5x", *trunk, "--seed", "1"], "seed"),
         (["--schedule", "5x", *trunk, "--init", weights, "--freeze-at", "0"], "init"),
         (["--schedule", "5x", *trunk, "--images-per-gpu", "1"], "--images-per-gpu 2"),
+        (["--schedule", "5x", *trunk, "--iterations", "2"], "--iterations 2"),  # nothing is left
         (["--schedule", "5x", "--from", str(command.folder / "nothing")], "nothing"),
     ]
     for arguments, named in refused:
@@ -481,11 +484,16 @@ def test_a_run_is_not_continued_as_another(command, capsys):
     assert last_checkpoint(command.folder / "first")["iteration"] == 3
 
 
-def test_a_broken_checkpoint_is_passed_over(command, whole_run, capsys):
-    """The one before it is used, which is said; the end is the same."""
+def test_a_broken_checkpoint_is_passed_over(command, whole_run, capsys, monkeypatch):
+    """The one before it is used, which is said; the end is the same. A broken disk is no reason."""
     out = command.folder / "broken"
     assert command(out, "--iterations", "5") == 0
     newest, before = train.checkpoints_in(out)[-1], train.checkpoints_in(out)[-2]
+    with monkeypatch.context() as patched:
+        broken_disk = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", newest))
+        patched.setattr(torch, "load", broken_disk)
+        assert command(out, "--resume") == 1
+        assert "Input/output error" in capsys.readouterr().err and newest.exists()
     newest.write_bytes(newest.read_bytes()[:5000])
     capsys.readouterr()
     assert command(out, "--resume") == 0

@@ -337,12 +337,11 @@ def switch_rows(side, samples, args):
     cuda = args.device.type == "cuda"
 
     @contextlib.contextmanager
-    def layout(chosen, other):
-        side.model.to(memory_format=chosen)
+    def contiguous():
+        side.model.to(memory_format=torch.contiguous_format)
         yield
-        side.model.to(memory_format=other)
+        side.model.to(memory_format=torch.channels_last)
 
-    layouts = (torch.contiguous_format, torch.channels_last)
     kernel, formula = nn.GroupNorm.forward, norms.GroupNorm.written_out
     rounds, single = detector.nms_in_rounds, detector.nms_one_by_one
 
@@ -355,7 +354,7 @@ def switch_rows(side, samples, args):
 
     switches = {
         "as it is": contextlib.nullcontext(),
-        f"channels_last {'off' if cuda else 'on'}": layout(*(layouts if cuda else layouts[::-1])),
+        "channels_last off": contiguous(),
         "GroupNorm by torch's kernel": mock.patch.object(norms.GroupNorm, "forward", kernel),
         "GroupNorm written out": mock.patch.object(norms.GroupNorm, "forward", formula),
         "NMS one box after the other": mock.patch.object(detector, "nms_in_rounds", single),
