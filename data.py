@@ -103,11 +103,8 @@ class CocoDataset(Dataset):
                 labelled = not self.keypoints or any(any(o["keypoints"][2::3]) for o in chosen)
                 if not chosen or not labelled:
                     continue
-            records[image["id"]] = {
-                "file_name": image["file_name"],
-                "size": size,
-                "objects": chosen,
-            }
+            record = {"file_name": image["file_name"], "size": size, "objects": chosen}
+            records[image["id"]] = record
         if self.masks and self.num_without_mask == len(annotations) > 0:
             raise UserError(f"{self.annotation_file} has no masks; use --no-masks (masks=False).")
         if not records:
@@ -293,8 +290,6 @@ KEYPOINT_NAMES = (
     "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
     "right_ankle"
 ).split()
-
-PERSON = ("person", KEYPOINT_NAMES)
 
 # KEYPOINT_FLIP[k] is what keypoint k turns into in a mirror image: left and right change places.
 KEYPOINT_FLIP = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
@@ -792,7 +787,8 @@ def _entry_problem(kind, entry, known, masks, keypoints):
     if kind == "category":
         if entry["name"] in [category["name"] for category in known["category"].values()]:
             return f"has the name of another, {entry['name']!r}"
-        if keypoints and (entry["name"], entry.get("keypoints", KEYPOINT_NAMES)) != PERSON:
+        names = entry.get("keypoints", KEYPOINT_NAMES)
+        if keypoints and (entry["name"] != "person" or names != KEYPOINT_NAMES):
             return 'is not "person" with the 17 keypoints of COCO'
     if kind != "annotation":
         return None

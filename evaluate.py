@@ -260,9 +260,7 @@ def vote_boxes(detections, scores, boxes, score_threshold):
 # IoU is that of boxes for "bbox" and of masks for "segm"; keypoints have a similarity of their own.
 
 
-def evaluate(
-    model, dataset, out=None, tta=False, workers=2, per_class=False, amp=False, progress=True
-):
+def evaluate(model, dataset, out=None, tta=False, workers=2, per_class=False, amp=False):
     """Metrics of a model on a data set, in percent.
 
     Where torch.distributed is initialized, every process calls this, takes its share of the images
@@ -270,7 +268,7 @@ def evaluate(
     CocoDataset or VocDataset made for evaluation; out: a folder for `results_bbox.json`,
     `results_segm.json` and `results_keypoints.json` in COCO's submission format, which appear whole
     or not at all; tta: test-time augmentation; workers: processes that decode images, and as many
-    that paste masks; amp: bfloat16; progress: a bar on rank 0.
+    that paste masks; amp: bfloat16.
 
     Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}}, the same as "segm" for a model
     with masks, {"AP", "AP50", "AP75", "APm", "APl"} as "keypoints"; for VOC {"voc": {"mAP50"}};
@@ -290,7 +288,7 @@ def evaluate(
     positions = range(rank, len(dataset), world_size)
     device = model.image_mean.device.type
     with evaluation_mode(model), torch.autocast(device, torch.bfloat16, enabled=amp):
-        share = detect_all(model, dataset, positions, tta, workers, progress and rank == 0)
+        share = detect_all(model, dataset, positions, tta, workers, progress=rank == 0)
     shares = [share]
     if distributed:  # not through files: machines need not share a file system
         shares = [None] * world_size if rank == 0 else None
@@ -633,7 +631,7 @@ def run(arguments):
         export(args.weights, args.export)
         return
     rank, _, device = start_processes(args.device)
-    model = load_model(args.weights).to(device, memory_format=torch.channels_last)
+    model = load_model(args.weights).to(device)
     if args.tta:
         refuse_keypoints(model)
     if args.images:

@@ -314,9 +314,8 @@ def nms_in_rounds(boxes, groups, candidate, threshold, rounds=12):
 class Truth(NamedTuple):
     """The objects of a batch, padded to G objects an image."""
 
-    boxes: torch.Tensor  # [B, G, 4]
+    boxes: torch.Tensor  # [B, G, 4]; padding is zero, a box without area: its IoU is 0
     labels: torch.Tensor  # [B, G] int64
-    valid: torch.Tensor  # [B, G] bool; False for padding and for boxes without area
 
 
 class Samples(NamedTuple):
@@ -325,17 +324,15 @@ class Samples(NamedTuple):
     rois: torch.Tensor  # [R, 5]: image, x1, y1, x2, y2
     labels: torch.Tensor  # [R]; 0 is background
     matched: torch.Tensor  # [R]: index of the object within its image
-    # None where nobody has counted yet: stages 2 and 3 of a cascade
-    levels: torch.Tensor | None = None  # [R]: see roi_levels
-    level_counts: list | None = None  # of the RoIs on each level
-    image_counts: list | None = None  # of the RoIs in each image
+    # The level of each RoI [R] (`roi_levels`), and how many RoIs each level has. Nobody has counted
+    # those of stages 2 and 3 of a cascade.
+    levels: tuple = (None, None)
+    image_counts: list | None = None  # how many of the RoIs are in each image
 
 
 def pad_targets(targets, device):
-    """Targets of a batch (see `MaskRCNN.forward`) as Truth.
-
-    G is at least 1, so that a batch without any object needs no case of its own.
-    """
+    """Targets of a batch (see `MaskRCNN.forward`) as Truth."""
+    # at least 1, so that a batch without any object needs no case of its own
     most = max([1] + [len(target["boxes"]) for target in targets])
     boxes = torch.zeros(len(targets), most, 4, device=device)
     labels = torch.ones(len(targets), most, dtype=torch.int64, device=device)
@@ -343,7 +340,7 @@ def pad_targets(targets, device):
         n = len(target["boxes"])
         boxes[i, :n] = target["boxes"]
         labels[i, :n] = target["labels"]
-    return Truth(boxes, labels, has_area(boxes))
+    return Truth(boxes, labels)
 
 
 def match_boxes(truth, boxes, threshold):
@@ -351,8 +348,7 @@ def match_boxes(truth, boxes, threshold):
 
     The label is 0, background, where the IoU is below the threshold.
     """
-    iou = pairwise_iou(truth.boxes, boxes).masked_fill_(~truth.valid[..., None], -1)  # [B, G, N]
-    best, matched = iou.max(dim=1)
+    best, matched = pairwise_iou(truth.boxes, boxes).max(dim=1)  # of [B, G, N]
     return matched, take(truth.labels, matched).masked_fill_(best < threshold, 0)
 
 
@@ -362,9 +358,8 @@ ANCHOR_SALT, ROI_SALT = 0x632BE5AB, 2 * 0x632BE5AB  # any two numbers: they make
 def sampling_seeds(targets, device):
     """A seed of 32 bits for the anchors and one for the RoIs of each image: two of [B] int64.
 
-    The route (data.py tells it whole): BatchSampler -> TrainingSet -> target["seed"] -> here ->
-    RPN.losses and MaskRCNN.sample_rois -> sample -> random_keys. A target without a seed gets one
-    from torch's generator.
+    The route of the seed is told in data.py, above `hash_of`. A target without one gets one from
+    torch's generator.
     """
     seeds = [t["seed"] if "seed" in t else int(torch.randint(2**62, ())) for t in targets]
     folded = [seed ^ (seed >> 32) for seed in seeds]  # all 63 bits have a say in the lower 32
@@ -376,8 +371,7 @@ def random_keys(seeds, n):
     """Uniform int64 numbers [B, n] in 0..2^32 - 1, a function of (seed [B], position) alone.
 
     A counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"): it
-    hashes the position. It has no state, and hence is the same on every device, for every number
-    of workers, and after a resume. The hash is C. Wellons's lowbias32 ("Prospecting for hash
+    hashes the position, and has no state. The hash is C. Wellons's lowbias32 ("Prospecting for hash
     functions", nullprogram.com) with shifts of 16; 0x9E3779B9 is 2^32 over the golden ratio.
     """
     mask = 0xFFFFFFFF  # the arithmetic is modulo 2^32
@@ -591,20 +585,6 @@ def make_anchors(shapes, strides, sizes, ratios, device):
     return anchors
 
 
-@functools.lru_cache(maxsize=32)
-def level_columns(shapes, device):
-    """Of each top anchor: its level [N] and the first anchor of that level [N].
-
-    shapes: for each level, how many anchors it has and how many of them are top anchors.
-    """
-    levels, starts, start = [], [], 0
-    for i, (all_anchors, best) in enumerate(shapes):
-        levels += [i] * best
-        starts += [start] * best
-        start += all_anchors
-    return torch.tensor([levels, starts]).to(device, non_blocking=True).unbind()
-
-
 class RPN(nn.Module):
     """Region proposal network: objectness and a box for every anchor. No norm here (Detectron)."""
 
@@ -635,10 +615,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def proposals(self, objectness, deltas, anchors, sizes):
-        """Boxes [B, P, 4], best first, and which of them are valid [B, P].
-
-        P is the same for all images. sizes: (h, w) of the unpadded images, for clipping.
-        """
+        """Boxes [B, P, 4], best first, and which are valid [B, P]; sizes: (h, w), unpadded."""
         c = self.config
         before, after = c.rpn_pre_nms_top_n_test, c.rpn_post_nms_top_n_test
         if self.training:
@@ -646,9 +623,9 @@ class RPN(nn.Module):
         # 1) the best anchors of each level, as indices into all levels together
         best = [x.topk(min(before, x.shape[1])) for x in objectness]
         scores = torch.cat([b.values for b in best], dim=1)  # [B, N]
-        shapes = tuple((x.shape[1], b.values.shape[1]) for x, b in zip(objectness, best))
-        levels, starts = level_columns(shapes, scores.device)
-        index = torch.cat([b.indices for b in best], dim=1) + starts
+        levels = torch.cat([torch.full_like(b.indices, i) for i, b in enumerate(best)], dim=1)
+        starts = itertools.accumulate((x.shape[1] for x in objectness), initial=0)
+        index = torch.cat([b.indices + start for b, start in zip(best, starts)], dim=1)
         # 2) their boxes; one outside the image is clipped to nothing (Detectron also leaves out
         #    those with their centre outside: Choice 10)
         deltas = take(torch.cat(deltas, dim=1), index)  # [B, N, 4]
@@ -656,7 +633,6 @@ class RPN(nn.Module):
         boxes = torch.minimum(boxes.clamp(min=0), image_limits(sizes, boxes.device))
         scores = scores.masked_fill(~has_area(boxes), -math.inf)
         # 3) those that survive NMS, which runs within each level
-        levels = levels.expand_as(index)
         index, valid, _ = nms(boxes, scores, levels, c.rpn_nms_thresh, after)  # [B, P]
         return take(boxes, index), valid
 
@@ -665,16 +641,15 @@ class RPN(nn.Module):
         c = self.config
         objectness, deltas = torch.cat(objectness, dim=1), torch.cat(deltas, dim=1)
         anchors = torch.cat(anchors)
-        with torch.no_grad():
-            matched, labels = self.match(anchors, truth)
-            batch_size, fraction = c.rpn_batch_size_per_image, c.rpn_positive_fraction
-            index, valid = sample(labels, batch_size, fraction, seeds)  # [B, S]
-            positive = take(labels, index).eq(1) & valid
-            # Other slots get their own anchor as target: a finite error, which the loss leaves out.
-            boxes = anchors[index]  # [B, S, 4]
-            box_truth = take(truth.boxes, take(matched, index))
-            box_truth = torch.where(positive[..., None], box_truth, boxes)
-            box_targets = encode_boxes(box_truth, boxes)
+        matched, labels = self.match(anchors, truth)
+        batch_size, fraction = c.rpn_batch_size_per_image, c.rpn_positive_fraction
+        index, valid = sample(labels, batch_size, fraction, seeds)  # [B, S]
+        positive = take(labels, index).eq(1) & valid
+        # Other slots get their own anchor as target: a finite error, which the loss leaves out.
+        boxes = anchors[index]  # [B, S, 4]
+        box_truth = take(truth.boxes, take(matched, index))
+        box_truth = torch.where(positive[..., None], box_truth, boxes)
+        box_targets = encode_boxes(box_truth, boxes)
         logits = take(objectness, index)  # [B, S]
         loss = F.binary_cross_entropy_with_logits(
             logits, positive.float(), weight=valid.float(), reduction="sum"
@@ -698,7 +673,6 @@ class RPN(nn.Module):
         be another one (Detectron, Detectron2). Negative: IoU below 0.3 with all objects.
         """
         iou = pairwise_iou(truth.boxes, anchors[None])  # [B, G, A]
-        iou.masked_fill_(~truth.valid[..., None], -1)
         best, matched = iou.max(dim=1)
         labels = torch.full_like(matched, -1)
         labels[best < self.config.rpn_bg_iou_thresh] = 0
@@ -838,10 +812,8 @@ def mask_targets(targets, rois, matched, image_counts, size):
     boxes = torch.cat([matched[:, None].to(rois.dtype), rois[:, 1:]], dim=1)
     crops = []
     for target, here in zip(targets, boxes.split(image_counts)):
-        masks = target["masks"]
-        if len(masks) == 0:
-            masks = masks.new_zeros(1, *masks.shape[1:])  # no object, hence no RoI either
-        crops.append(roi_align(masks[:, None].float(), here, size, 1.0, 0, aligned=True))
+        masks = target["masks"][:, None].float()
+        crops.append(roi_align(masks, here, size, 1.0, 0, aligned=True))
     return (torch.cat(crops)[:, 0] >= 0.5).float()
 
 
@@ -1066,7 +1038,8 @@ class MaskRCNN(nn.Module):
             loss_keypoint       labelled keypoints inside their RoIs   ln 56^2 = 8.05
 
         These numbers are counted in this process's own batch. DDP then averages the gradients over
-        the processes: a sample counts for less in a process that has many.
+        the processes: a sample counts for less in a process that has many, as in Detectron. To
+        divide by sums over all processes would be another loss.
         """
         device = features[0].device
         truth = pad_targets(targets, device)
@@ -1096,7 +1069,7 @@ class MaskRCNN(nn.Module):
         c, strides = self.config, self.backbone.strides
         # 1) candidates, and the object that each overlaps most
         boxes = torch.cat([boxes, truth.boxes], dim=1)  # [B, P + G, 4]
-        valid = torch.cat([valid, truth.valid], dim=1)
+        valid = torch.cat([valid, has_area(truth.boxes)], dim=1)
         matched, labels = match_boxes(truth, boxes, c.box_fg_iou_thresh)
         labels = labels.masked_fill(~valid, -1)
         # 2) the sampled ones, in slots
@@ -1107,10 +1080,11 @@ class MaskRCNN(nn.Module):
         # 3) as RoIs [R, 5] of the whole batch
         image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(*index.shape, 1)
         rois = torch.cat([image, boxes], dim=2)  # [B, S, 5]
-        slots = Samples(rois, labels, matched, roi_levels(boxes, strides))
+        levels = roi_levels(boxes, strides)
+        slots = rois, labels, matched, levels
         picked = torch.stack([sampled, foreground])
         # The host waits for the device here and nowhere else, so the targets are checked here, too.
-        counts = count_and_check(picked, slots.levels, len(strides), truth, c.num_classes)
+        counts = count_and_check(picked, levels, len(strides), truth, c.num_classes)
         return [select_samples(slots, which, *count) for which, count in zip(picked, counts)]
 
     def box_losses(self, features, samples, truth, sizes):
@@ -1124,17 +1098,15 @@ class MaskRCNN(nn.Module):
         losses = {}
         for stage, head in enumerate(self.box_heads):
             rois, labels = samples.rois, samples.labels
-            where = samples.levels, samples.level_counts
-            pooled = self.pool(features, rois, c.box_roi_size, *where)  # [R, 256, 7, 7]
+            pooled = self.pool(features, rois, c.box_roi_size, *samples.levels)  # [R, 256, 7, 7]
             if stages > 1 and pooled.requires_grad:  # the stages share the features (Detectron2)
                 pooled.register_hook(lambda grad: grad * (1 / stages))
             logits, deltas = head(pooled)  # [R, K + 1], [R, K or 1, 4]
             is_object = labels > 0
-            with torch.no_grad():
-                # Background gets its own box as target: a finite error, which the loss leaves out.
-                box_truth = truth.boxes[rois[:, 0].long(), samples.matched]  # [R, 4]
-                box_truth = torch.where(is_object[:, None], box_truth, rois[:, 1:])
-                box_targets = encode_boxes(box_truth, rois[:, 1:]) * self.box_weights(stage)
+            # Background gets its own box as target: a finite error, which the loss leaves out.
+            box_truth = truth.boxes[rois[:, 0].long(), samples.matched]  # [R, 4]
+            box_truth = torch.where(is_object[:, None], box_truth, rois[:, 1:])
+            box_targets = encode_boxes(box_truth, rois[:, 1:]) * self.box_weights(stage)
             column = (labels - 1).clamp(min=0) if deltas.shape[1] > 1 else torch.zeros_like(labels)
             deltas_of_class = take(deltas, column[:, None])[:, 0]  # [R, 4]
             beta = c.box_smooth_l1_beta
@@ -1164,8 +1136,7 @@ class MaskRCNN(nn.Module):
         rois, size = foreground.rois, self.config.mask_roi_size
         matched, counts = foreground.matched, foreground.image_counts
         masks = mask_targets(targets, rois, matched, counts, 2 * size)  # [R, 28, 28]
-        where = foreground.levels, foreground.level_counts
-        pooled = self.pool(features, rois, size, *where)  # [R, 256, 14, 14]
+        pooled = self.pool(features, rois, size, *foreground.levels)  # [R, 256, 14, 14]
         logits = self.mask_head(pooled, foreground.labels)  # [R, 28, 28]
         # Without foreground the sum is 0 but still depends on every parameter of the head, so that
         # the process takes part in all-reduces of SyncBN and of the gradients (all heads do this).
@@ -1212,12 +1183,11 @@ def count_and_check(picked, levels, num_levels, truth, num_classes):
 
 
 def select_samples(slots, picked, level_counts, image_counts):
-    """The picked [B, S] of the slots [B, S] as Samples."""
+    """The picked [B, S] of the slots (rois, labels, matched, levels: [B, S, ...]) as Samples."""
     # picked.nonzero() would wait for the device again: the True are sorted to the front instead.
     index = picked.flatten().argsort(descending=True, stable=True)[: sum(image_counts)]
-    parts = (slots.rois, slots.labels, slots.matched, slots.levels)
-    parts = (part.flatten(0, 1).index_select(0, index) for part in parts)
-    return Samples(*parts, level_counts, image_counts)
+    *parts, levels = (slot.flatten(0, 1).index_select(0, index) for slot in slots)
+    return Samples(*parts, (levels, level_counts), image_counts)
 
 
 def check_images(images):

@@ -32,8 +32,6 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def __init__(self, channels, groups=32, eps=1e-5):
-        if channels % groups != 0:
-            raise ValueError(f"GroupNorm cannot divide {channels} channels into {groups} groups.")
         super().__init__(groups, channels, eps)
 
     def forward(self, x):
@@ -45,9 +43,9 @@ class GroupNorm(nn.GroupNorm):
         if not x.is_contiguous():
             # In channels_last, its variance on a CPU is E[x^2] - E[x]^2, which loses all digits
             # where the mean is large. So a rough mean of each group is subtracted first.
-            groups = x.unflatten(1, (self.num_groups, -1))  # [N, groups, C / groups, H, W]
-            rough = groups.detach()[..., ::8, ::8].mean(dim=(2, 3, 4), keepdim=True)
-            x = (groups - rough).flatten(1, 2)
+            few = x.detach()[:, :, ::8, ::8].unflatten(1, (self.num_groups, -1))
+            rough = few.mean(dim=(2, 3, 4))  # [N, groups]
+            x = x - rough.repeat_interleave(few.shape[2], dim=1)[:, :, None, None]
         return super().forward(x)
 
     def written_out(self, x):
@@ -107,17 +105,16 @@ class AllReduceSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(ctx, x):
         total = x.clone()
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        dist.all_reduce(total)
+        return total
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -129,13 +126,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
     the device in each layer, and lets running statistics decay when there are no elements.)
     """
 
-    def __init__(self, channels, eps=1e-5, momentum=0.1, process_group=None):
-        super().__init__(channels, eps, momentum)
-        self.process_group = process_group
-
     def forward(self, x):  # [N, C, H, W] -> the same
         together = dist.is_available() and dist.is_initialized()
-        world_size = dist.get_world_size(self.process_group) if together else 1
+        world_size = dist.get_world_size() if together else 1
         if not self.training or (world_size == 1 and x.numel() > 0):
             return super().forward(x)
 
@@ -150,7 +143,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
         # 2) the same over all processes
         if world_size > 1:
-            sums = AllReduceSum.apply(sums, self.process_group)
+            sums = AllReduceSum.apply(sums)
         count = sums[-1].detach().clamp(min=1)
         mean, mean_of_squares = (sums[:-1] / count).chunk(2)  # [C] each
         var = mean_of_squares - mean.square()
@@ -181,10 +174,7 @@ NORMS = {
 
 
 def make_norm(kind, channels):
-    """The normalization layer `kind` ("gn", "syncbn", "bn", "frozen_bn", "none") for [N, C, H, W].
-
-    Raises ValueError for an unknown kind, and for channels that GroupNorm cannot divide.
-    """
+    """The normalization layer `kind`, a key of NORMS, for [N, C, H, W]; ValueError for another."""
     if kind not in NORMS:
         raise ValueError(f"Unknown normalization {kind!r}; choose one of {', '.join(NORMS)}.")
     return NORMS[kind](channels)

@@ -133,13 +133,13 @@ NARROW = dict(
     anchor_sizes=((16,), (32,), (64,), (128,), (256,)),
     rpn_pre_nms_top_n_train=500, rpn_post_nms_top_n_train=250,
     rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=250,
-    box_batch_size_per_image=32, roi_sampling_ratio=1,
+    box_batch_size_per_image=64, roi_sampling_ratio=1,
 )
 TOY = Recipe(
-    model=NARROW, iterations=1250, iterations_pretrained=500, one_x=250, tails=(220, 80),
-    batch_size=4, images_per_gpu=4, learning_rate=0.05, warmup_iterations=50,
+    model=NARROW, iterations=650, iterations_pretrained=260, one_x=130, tails=(115, 42),
+    batch_size=8, images_per_gpu=8, learning_rate=0.1, warmup_iterations=60,
     min_sizes=(128,), max_size=213, test_size=128,
-    eval_every=1250, checkpoint_every=250, log_every=10, paper="(generated data)",
+    eval_every=650, checkpoint_every=130, log_every=10, paper="(generated data)",
 )
 NARROW_VGG = dict(
     stem_width=16, box_head_fc_channels=256, anchor_sizes=((16, 32, 64, 128),),
@@ -150,15 +150,16 @@ NARROW_VGG = dict(
 RECIPES = {
     "toy": TOY,
     "toy-syncbn": replace(TOY, norm="syncbn"),
-    "toy-cascade": replace(TOY, cascade_iterations=416, model=NARROW | CASCADE["model"]),
+    "toy-cascade": replace(TOY, cascade_iterations=217, model=NARROW | CASCADE["model"]),
     # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
-    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
+    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.04),
     "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, model=NARROW_VGG),
     # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
     "small": replace(
-        TOY, model=NARROW | {"box_batch_size_per_image": 64}, iterations=2000,
+        TOY, batch_size=4, images_per_gpu=4, learning_rate=0.05, iterations=2000,
         iterations_pretrained=1000, one_x=500, tails=(0.2, 0.07), eval_every=500,
-        min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
+        checkpoint_every=250, min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192,
+        warmup_iterations=50, paper="(your own data)",
     ),
     # Own pictures, from public weights, on one GPU: 100 epochs of 240 images (docs/own-data.md)
     "finetune": Recipe(
@@ -436,12 +437,7 @@ def place(model, recipe, device):
 
 
 def wrap(model):
-    """The model in DDP where there are several processes.
-
-    DDP averages gradients with the same weight for every process. Each of them has divided its
-    losses by its own numbers of anchors, RoIs and objects, as in Detectron: an object counts for
-    more in a process that has few. Dividing by sums over all processes would be another loss.
-    """
+    """The model in DDP where there are several processes."""
     if not dist.is_initialized():
         return model
     # The newest torch renames broadcast_buffers, to a name that older ones do not know.
@@ -458,10 +454,7 @@ def compile_parts(model):
 
 
 def make_loader(recipe, args, train_set, iteration):
-    """The batches of this process from `iteration` on, without end.
-
-    The route of the seed is told in data.py, above `hash_of`.
-    """
+    """The batches of this process from `iteration` on, without end."""
     rank, world_size = rank_and_size()
     share = {"rank": rank, "world_size": world_size, "start_iteration": iteration}
     sampler = data.BatchSampler(train_set, recipe.images_per_gpu, args.seed, **share)
@@ -553,9 +546,7 @@ class Log:
         if first and self.path.exists():
             length = checkpoint["log_bytes"] if checkpoint else 0
             os.truncate(self.path, min(length, self.path.stat().st_size))
-        self.bar = tqdm(
-            total=last, initial=self.start, disable=not first, unit="it", dynamic_ncols=True
-        )
+        self.bar = tqdm(total=last, initial=self.start, disable=not first, dynamic_ncols=True)
         self.clock = self.start, time.perf_counter()
 
     def write(self, record):
@@ -594,9 +585,7 @@ class Log:
 def evaluate_and_log(model, val_set, args, iteration, log):
     metrics = evaluate.evaluate(model, val_set, args.out, workers=args.workers)
     log.write({"iteration": iteration, **metrics})
-    for kind, values in metrics.items():
-        values = "  ".join(f"{k} {v:.1f}" for k, v in values.items() if v is not None)
-        say(f"iteration {iteration:,}  {kind}: {values}")
+    say(f"iteration {iteration:,}\n{evaluate.format_table(metrics)}")
     return metrics
 
 
@@ -640,7 +629,6 @@ def grow_to_cascade(model, optimizer, recipe):
     Stages 2 and 3 start as copies of stage 1. Stage s divides its deltas by s * (10, 10, 5, 5)
     (model.py, `box_weights`), so the regressor copied to it is multiplied by s: it then predicts
     the same boxes as stage 1 (Choice 13). Parameters that there were before keep their momentum.
-    What the three stages do is in model.py, `box_losses`.
     """
     grown = detector.build_model(**dataclasses.asdict(model.config) | {"cascade": True})
     state = model.state_dict()
@@ -735,8 +723,6 @@ def save_checkpoint(model, optimizer, iteration, recipe, args, num_images, log):
         init=args.init,
         seed=args.seed,
         iteration=iteration,
-        batch_size=recipe.batch_size,
-        images_per_gpu=recipe.images_per_gpu,
         world_size=world_size,
         num_images=num_images,
         log_bytes=log.sync(),  # before the checkpoint says that these records need not come again
@@ -751,7 +737,7 @@ def read_checkpoint(path, recipe, args, train_set, may_differ=()):
     checkpoint = detector.read_checkpoint(path)
     if "momentum" not in checkpoint:
         raise UserError(f"{path} has no momentum, so it cannot be resumed; use --init.")
-    batch, (_, world_size) = checkpoint["batch_size"], rank_and_size()
+    batch, (_, world_size) = checkpoint["recipe"]["batch_size"], rank_and_size()
     if batch != recipe.batch_size:
         keep = f"give --images-per-gpu {batch // world_size}"
         if batch % world_size:
@@ -939,18 +925,13 @@ def make_datasets(recipe, args):
     train_set = data.open_split(root, args.train_split, training=True, **kind, **chosen)
     val_set = data.open_split(root, args.val_split, **kind)
     data.check_classes(val_set, train_set.classes, train_set.annotation_file)
-    check_epochs(recipe, args, len(train_set))
-    return train_set, val_set
-
-
-def check_epochs(recipe, args, num_images):
-    """Refuse more than 3,000 epochs; the most of a recipe for COCO are r50-gn-1k's 640."""
     iterations = min(recipe.iterations, args.iterations or recipe.iterations)
-    epochs = round(iterations * recipe.batch_size / num_images)
-    if epochs > 3000:
-        what = f"{epochs:,} epochs of {num_images:,} images are more than 3,000"
+    epochs = round(iterations * recipe.batch_size / len(train_set))
+    if epochs > 3000:  # the most of a recipe for COCO are r50-gn-1k's 640
+        what = f"{epochs:,} epochs of {len(train_set):,} images are more than 3,000"
         advice = "give --schedule, or a recipe for few images (small; finetune with --init FILE)"
         raise UserError(f"{what}; {advice}.", code=2)
+    return train_set, val_set
 
 
 def describe(recipe, args, world_size, num_images):
@@ -1040,8 +1021,7 @@ def run(arguments):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in fc layers, too
     train_set, val_set = make_datasets(recipe, args)
-    lock = evaluate.lock_folder(args.out) if rank == 0 else contextlib.nullcontext()
-    with lock:
+    with evaluate.lock_folder(args.out) if rank == 0 else contextlib.nullcontext():
         checkpoint = find_checkpoint(recipe, args, train_set)
         compare_processes(
             **dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed},

@@ -96,7 +96,7 @@ def test_a_train_step_of_r50_fpn_gn_stays_within_its_budget(count, images, most)
     biases = [p for p in model.parameters() if p.dim() == 1]
     weights = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": p} for p in (biases[::2], biases[1::2], weights)]  # three, as train.py has
-    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=True)  # as on CUDA
+    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, fused=True)
     batch, targets = make_batch(images, 64, 96)
 
     def step():

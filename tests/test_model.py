@@ -185,7 +185,7 @@ def test_rpn_matching_against_a_loop():
     anchors = torch.cat([anchors, torch.tensor(special)])
     # the second image has one object, the third none
     valid = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    matched, labels = rpn.match(anchors, detector.Truth(truth.expand(3, 4, 4), None, valid))
+    matched, labels = rpn.match(anchors, detector.Truth(truth * valid[..., None], None))
     assert labels[:, -3:].tolist() == [[1, 1, -1], [0, 0, 0], [0, 0, 0]]
     for image in range(3):
         objects = [k for k in range(4) if valid[image, k]]

@@ -80,7 +80,7 @@ def test_group_norm_has_the_papers_setting_and_says_what_does_not_divide():
     var, mean = torch.var_mean(groups, dim=2, keepdim=True, unbiased=False)
     expected = ((groups - mean) / (var + 1e-5).sqrt()).view_as(x)
     torch.testing.assert_close(norm.double()(x), expected)
-    with pytest.raises(ValueError, match="48 channels into 32 groups"):
+    with pytest.raises(ValueError, match="48.*32"):
         GroupNorm(48)
 
 

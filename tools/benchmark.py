@@ -324,6 +324,8 @@ def train_rows(sides, samples, args):
 
 
 def inference_rows(sides, samples, args):
+    for side in sides.values():
+        side.model.to(memory_format=torch.contiguous_format)  # as evaluate.py loads it
     for number in args.precision:
         image = samples[:1]
         say("detections:", {n: inference(side, image, args, number) for n, side in sides.items()})
@@ -334,6 +336,7 @@ def inference_rows(sides, samples, args):
 def switch_rows(side, samples, args):
     """Our step with one thing changed: {title: what changes it while it is entered}."""
     number = "tf32" if "tf32" in args.precision else args.precision[0]
+    side.model.to(memory_format=torch.channels_last)  # as train.py places it
     cuda = args.device.type == "cuda"
 
     @contextlib.contextmanager
@@ -382,6 +385,8 @@ def measure_memory(name, task, path, args):
     """What a process of its own does: the peak, in MiB, of two train steps or inferences."""
     side = SIDES[name](args)
     samples = torch.load(path, weights_only=True)
+    if task == "inference":
+        side.model.to(memory_format=torch.contiguous_format)  # as evaluate.py loads it
     batch = prepare_all(side, samples)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now

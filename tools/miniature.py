@@ -8,7 +8,7 @@ Each run is a command of train.py, printed before it starts; a run that is compl
 one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one for all.
 
   Figure 1   random and pre-trained weights, 10x; 5x and 2x branch off that trunk
-  Sec. 3.1   SyncBN over the batch of four (in one process: on a CPU faster than in four); BN in
+  Sec. 3.1   SyncBN over the batch of eight (in one process: on a CPU faster than in eight); BN in
              four processes of one image each, 5x and 2x; frozen BN, which train.py refuses and this
              script forces on it
   Sec. 5.2   25 of the 1,000 images: random weights 3x, pre-trained weights 2x
@@ -36,16 +36,16 @@ SEEDS = (0, 1, 2)
 FOUR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 # name: (arguments of train.py, of Python before it, the run whose trunk it branches off)
 RUNS = {
-    "random-10x": ("--schedule 10x --eval-every 250", [], None),
-    "pretrained-10x": ("--schedule 10x --eval-every 250 --init {backbone}", [], None),
-    "random-5x": ("--schedule 5x --eval-every 110", [], "random-10x"),
-    "pretrained-5x": ("--schedule 5x --eval-every 110 --init {backbone}", [], "pretrained-10x"),
-    "random-2x": ("--schedule 2x --eval-every 110", [], "random-10x"),
-    "pretrained-2x": ("--schedule 2x --eval-every 110 --init {backbone}", [], "pretrained-10x"),
+    "random-10x": ("--schedule 10x --eval-every 130", [], None),
+    "pretrained-10x": ("--schedule 10x --eval-every 130 --init {backbone}", [], None),
+    "random-5x": ("--schedule 5x --eval-every 57", [], "random-10x"),
+    "pretrained-5x": ("--schedule 5x --eval-every 57 --init {backbone}", [], "pretrained-10x"),
+    "random-2x": ("--schedule 2x --eval-every 57", [], "random-10x"),
+    "pretrained-2x": ("--schedule 2x --eval-every 57 --init {backbone}", [], "pretrained-10x"),
     "25-random-3x": ("--schedule 3x --subset 25", [], None),
     "25-pretrained-2x": ("--schedule 2x --subset 25 --init {backbone}", [], None),
-    "syncbn-5x": ("--schedule 5x --eval-every 250 --norm syncbn", [], None),
-    "bn-5x": ("--schedule 5x --eval-every 250 --norm bn --images-per-gpu 1", FOUR, None),
+    "syncbn-5x": ("--schedule 5x --eval-every 130 --norm syncbn", [], None),
+    "bn-5x": ("--schedule 5x --eval-every 260 --norm bn --images-per-gpu 1", FOUR, None),
     "syncbn-2x": ("--schedule 2x --norm syncbn", [], "syncbn-5x"),
     "bn-2x": ("--schedule 2x --norm bn --images-per-gpu 1", FOUR, "bn-5x"),
     "frozen-bn-2x": ("--schedule 2x --norm frozen_bn", "forced", None),
