@@ -152,7 +152,7 @@ RECIPES = {
     "toy-syncbn": replace(TOY, norm="syncbn"),
     "toy-cascade": replace(TOY, cascade_iterations=217, model=NARROW | CASCADE["model"]),
     # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
-    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.04),
+    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
     "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, model=NARROW_VGG),
     # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
     "small": replace(
@@ -340,7 +340,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
         # Checkpoints are saved before they are evaluated. So a resumed run, whose log was cut
         # there, evaluates its checkpoint first.
         if evaluation_due(iteration, recipe, last):
-            metrics = evaluate_and_log(model, val_set, args, iteration, log)
+            evaluate_and_log(model, val_set, args, iteration, log)
         while iteration < last and not alarm.stop:
             # Sec. 5.1: a cascade recipe trains three box heads in its last 270k iterations.
             in_cascade = iteration >= recipe.iterations - recipe.cascade_iterations
@@ -380,12 +380,12 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
                 alarm.read()  # about this step: its weights are to be saved and evaluated
                 save_checkpoint(model, optimizer, iteration, recipe, args, len(train_set), log)
             if evaluates and not alarm.stop:
-                metrics = evaluate_and_log(model, val_set, args, iteration, log)
+                evaluate_and_log(model, val_set, args, iteration, log)
     if alarm.stop:
         name = alarm.signals[0] if alarm.signals else "a signal to another process"
         say(f"\nStopped by {name} after step {iteration:,}; --resume continues.")
     else:
-        show_results(model, val_set, args, metrics)
+        show_results(model, val_set, args.out)
 
 
 def evaluation_due(iteration, recipe, last):
@@ -585,16 +585,15 @@ class Log:
 def evaluate_and_log(model, val_set, args, iteration, log):
     metrics = evaluate.evaluate(model, val_set, args.out, workers=args.workers)
     log.write({"iteration": iteration, **metrics})
-    say(f"iteration {iteration:,}\n{evaluate.format_table(metrics)}")
-    return metrics
+    say(f"Iteration {iteration:,}\n{evaluate.format_table(metrics)}")
 
 
-def show_results(model, val_set, args, metrics):
-    """The end of a run: the table, then pictures and curves, then what to look at next."""
+def show_results(model, val_set, out):
+    """The end of a run: pictures and curves, and what to look at next."""
     if rank_and_size()[0] > 0:
         return
-    weights, out = checkpoints_in(args.out)[-1], args.out
-    print(f"\n{evaluate.format_table(metrics)}\n\nWeights:  {weights}\nLog:      {out}/log.jsonl")
+    weights = checkpoints_in(out)[-1]
+    print(f"\nWeights:  {weights}\nLog:      {out}/log.jsonl")
     try:  # a picture that cannot be drawn must not cost anything else
         evaluate.save_pictures(model, val_set, f"{out}/pictures", count=8)
         print(f"Pictures: {out}/pictures")
