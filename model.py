@@ -22,7 +22,7 @@ import math
 import os
 import pickletools
 import zipfile
-from errno import EINVAL
+from errno import EINVAL, ENOMEM
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,6 +153,9 @@ RANGES = {
     "keypoints": (0, 1000), "roi_sampling_ratio": (0, 16), "box_head_fcs": (0, 16),
     "box_head_convs": (0, 16), "mask_head_convs": (0, 16), "keypoint_head_convs": (0, 16),
     "box_roi_size": (1, 64), "mask_roi_size": (1, 64), "keypoint_roi_size": (1, 64),
+    # At 0, the padding of an image without objects would be an object.
+    "rpn_fg_iou_thresh": (0.01, 1), "rpn_bg_iou_thresh": (0.01, 1),
+    "box_fg_iou_thresh": (0.01, 1), "cascade_fg_iou_thresh": (0.01, 1),
 }  # fmt: skip
 
 
@@ -1083,7 +1086,7 @@ class MaskRCNN(nn.Module):
         levels = roi_levels(boxes, strides)
         slots = rois, labels, matched, levels
         picked = torch.stack([sampled, foreground])
-        # The host waits for the device here and nowhere else, so the targets are checked here, too.
+        # The host has to wait for these counts, so the targets are checked here, too.
         counts = count_and_check(picked, levels, len(strides), truth, c.num_classes)
         return [select_samples(slots, which, *count) for which, count in zip(picked, counts)]
 
@@ -1352,7 +1355,8 @@ def check_pickle(file):
 def read_checkpoint(path):
     """The dict in a file of `save_model`, on the CPU. Nothing in the file is executed.
 
-    Raises WeightsError if there is no such file, if it is damaged, or if it is none of ours.
+    Raises WeightsError if there is no such file, if it is damaged, or if it is none of ours, and
+    OSError if the disk fails or memory is short.
     """
     try:
         with open(path, "rb") as file:
@@ -1364,8 +1368,12 @@ def read_checkpoint(path):
     except (FileNotFoundError, IsADirectoryError):
         raise WeightsError(f"There is no file {path}.") from None
     except Exception as error:  # whatever a truncated, foreign or malicious file brings about
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, EINVAL):
-            raise  # the machine's fault, not the file's
+        # Where the machine is at fault, a healthy file must not be called damaged.
+        code = getattr(error, "errno", None) or EINVAL
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            code = ENOMEM
+        if code != EINVAL:
+            raise OSError(code, os.strerror(code), str(path)) from None
         raise WeightsError(
             f"{path} is damaged or incomplete, or holds more than plain data and tensors: use the "
             "checkpoint before it, or copy the file again."

@@ -93,6 +93,7 @@ SETTINGS = [
     ("image_mean", (122.8, 115.9, 103.0)),  # in 0..255
     ("image_std", (0.0, 1.0, 1.0)), ("image_std", (math.nan, 1.0, 1.0)),
     ("image_std", [0.2, 0.2, 0.2]), ("freeze_at", -1), ("freeze_at", 6), ("rpn_nms_thresh", 7),
+    ("box_fg_iou_thresh", 0.0),
     ("box_batch_size_per_image", 10**12),
     ("bbox_reg_weights", (10.0, 10.0, 5.0)), ("bbox_reg_weights", (10.0, 10.0, 5.0, 0.0)),
 ]  # fmt: skip

@@ -342,8 +342,10 @@ def switch_rows(side, samples, args):
     @contextlib.contextmanager
     def contiguous():
         side.model.to(memory_format=torch.contiguous_format)
+        side.optimizer.state.clear()  # fused SGD wants the momentum in the same format
         yield
         side.model.to(memory_format=torch.channels_last)
+        side.optimizer.state.clear()
 
     kernel, formula = nn.GroupNorm.forward, norms.GroupNorm.written_out
     rounds, single = detector.nms_in_rounds, detector.nms_one_by_one

@@ -24,7 +24,15 @@ import train
 from data import UserError
 from tools.toy_coco import TOY_CATEGORIES, ToyPatches
 
-RECIPE = replace(train.TOY, iterations=600, batch_size=64, images_per_gpu=64, learning_rate=0.02)
+RECIPE = replace(
+    train.TOY,
+    iterations=600,
+    tails=(220, 80),
+    batch_size=64,
+    images_per_gpu=64,
+    learning_rate=0.02,
+    warmup_iterations=50,
+)
 HELD_OUT = 500  # shapes to measure the accuracy on
 
 
