@@ -133,13 +133,13 @@ NARROW = dict(
     anchor_sizes=((16,), (32,), (64,), (128,), (256,)),
     rpn_pre_nms_top_n_train=500, rpn_post_nms_top_n_train=250,
     rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=250,
-    box_batch_size_per_image=64, roi_sampling_ratio=1,
+    box_batch_size_per_image=32, roi_sampling_ratio=1,
 )
 TOY = Recipe(
-    model=NARROW, iterations=650, iterations_pretrained=260, one_x=130, tails=(115, 42),
+    model=NARROW, iterations=800, iterations_pretrained=320, one_x=160, tails=(140, 50),
     batch_size=8, images_per_gpu=8, learning_rate=0.1, warmup_iterations=60,
     min_sizes=(128,), max_size=213, test_size=128,
-    eval_every=650, checkpoint_every=130, log_every=10, paper="(generated data)",
+    eval_every=800, checkpoint_every=160, log_every=10, paper="(generated data)",
 )
 NARROW_VGG = dict(
     stem_width=16, box_head_fc_channels=256, anchor_sizes=((16, 32, 64, 128),),
@@ -150,16 +150,16 @@ NARROW_VGG = dict(
 RECIPES = {
     "toy": TOY,
     "toy-syncbn": replace(TOY, norm="syncbn"),
-    "toy-cascade": replace(TOY, cascade_iterations=217, model=NARROW | CASCADE["model"]),
+    "toy-cascade": replace(TOY, cascade_iterations=267, model=NARROW | CASCADE["model"]),
     # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
     "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
     "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, model=NARROW_VGG),
     # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
     "small": replace(
-        TOY, batch_size=4, images_per_gpu=4, learning_rate=0.05, iterations=2000,
-        iterations_pretrained=1000, one_x=500, tails=(0.2, 0.07), eval_every=500,
-        checkpoint_every=250, min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192,
-        warmup_iterations=50, paper="(your own data)",
+        TOY, model=NARROW | {"box_batch_size_per_image": 64}, batch_size=4, images_per_gpu=4,
+        learning_rate=0.05, iterations=2000, iterations_pretrained=1000, one_x=500,
+        tails=(0.2, 0.07), eval_every=500, checkpoint_every=250, warmup_iterations=50,
+        min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
     ),
     # Own pictures, from public weights, on one GPU: 100 epochs of 240 images (docs/own-data.md)
     "finetune": Recipe(

@@ -1,6 +1,6 @@
 """Draw what happens to one image inside the detector, step by step.
 
-  python tools/look_inside.py --weights runs/toy/checkpoint_0000650.pth --data toy_coco \\
+  python tools/look_inside.py --weights runs/toy/checkpoint_0000800.pth --data toy_coco \\
       --image toy_coco/val2017/000000500005.jpg --out inside
 
 Writes a picture of every step, and index.md, which shows them in order. Any image will do. --data

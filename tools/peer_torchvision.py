@@ -140,7 +140,7 @@ def run(arguments):
     )
     parser.add_argument("--data", default="toy_coco", help="data set (toy_coco)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
-    parser.add_argument("--iterations", type=int, help="length of the run (650)")
+    parser.add_argument("--iterations", type=int, help="length of the run (800)")
     args = parser.parse_args(arguments)
     recipe = train.RECIPES["toy"]
     recipe = replace(recipe, iterations=args.iterations or recipe.iterations)
