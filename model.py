@@ -1368,11 +1368,11 @@ def read_checkpoint(path):
     except (FileNotFoundError, IsADirectoryError):
         raise WeightsError(f"There is no file {path}.") from None
     except Exception as error:  # whatever a truncated, foreign or malicious file brings about
-        # Where the machine is at fault, a healthy file must not be called damaged.
-        code = getattr(error, "errno", None) or EINVAL
+        # A healthy file must not be called damaged because the disk fails or memory is short.
+        code = getattr(error, "errno", None)
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             code = ENOMEM
-        if code != EINVAL:
+        if code not in (None, EINVAL):  # EINVAL: a damaged zip points to before its beginning
             raise OSError(code, os.strerror(code), str(path)) from None
         raise WeightsError(
             f"{path} is damaged or incomplete, or holds more than plain data and tensors: use the "

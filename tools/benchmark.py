@@ -337,7 +337,6 @@ def switch_rows(side, samples, args):
     """Our step with one thing changed: {title: what changes it while it is entered}."""
     number = "tf32" if "tf32" in args.precision else args.precision[0]
     side.model.to(memory_format=torch.channels_last)  # as train.py places it
-    cuda = args.device.type == "cuda"
 
     @contextlib.contextmanager
     def contiguous():
@@ -351,10 +350,10 @@ def switch_rows(side, samples, args):
     rounds, single = detector.nms_in_rounds, detector.nms_one_by_one
 
     @contextlib.contextmanager
-    def sgd(fused):
+    def not_fused():
         with contextlib.ExitStack() as stack:
             for group in side.optimizer.param_groups:
-                stack.enter_context(mock.patch.dict(group, fused=fused, foreach=not fused))
+                stack.enter_context(mock.patch.dict(group, fused=False))
             yield
 
     switches = {
@@ -365,7 +364,7 @@ def switch_rows(side, samples, args):
         "NMS one box after the other": mock.patch.object(detector, "nms_in_rounds", single),
         "NMS in rounds": mock.patch.object(detector, "nms_one_by_one", rounds),
         "stem and res2 recomputed": mock.patch.object(side.model.backbone, "recompute", True),
-        f"SGD {'not ' if cuda else ''}fused": sgd(not cuda),
+        "SGD not fused": not_fused(),
     }
     batch = prepare_all(side, samples[: args.batch[0]])
     step = {"ours": functools.partial(train_step, side, batch, args, number)}

@@ -8,9 +8,8 @@ Each run is a command of train.py, printed before it starts; a run that is compl
 one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one for all.
 
   Figure 1   random and pre-trained weights, 10x; 5x and 2x branch off that trunk
-  Sec. 3.1   SyncBN over the batch of eight (in one process: on a CPU faster than in eight); BN in
-             four processes of one image each, 5x and 2x; frozen BN, which train.py refuses and this
-             script forces on it
+  Sec. 3.1   SyncBN over the batch of eight, in one process; BN in four processes of one image each,
+             5x and 2x; frozen BN, which train.py refuses and this script forces on it
   Sec. 5.2   25 of the 1,000 images: random weights 3x, pre-trained weights 2x
 """
 
