@@ -1,28 +1,19 @@
 """Prediction, metrics and pictures: how Mask R-CNN is tested (Sec. 4 and 5 of the paper).
 
-    python evaluate.py --weights FILE --data DIR                COCO's or VOC's metrics
-    python evaluate.py --weights FILE --images a.jpg FOLDER     detections as text and as pictures
-    python evaluate.py --weights FILE --export SMALL            the weights alone, for sharing
+    python evaluate.py --weights FILE --data DIR                   COCO's or VOC's metrics
+    python evaluate.py --weights FILE --images a.jpg DIR --out DIR detections as JSON and pictures
 
 In reading order: prediction on an image (`predict`), test-time augmentation, metrics over all
-processes (`evaluate`), pictures (`draw`), command line. train.py uses the plumbing at the end, too.
+processes (`evaluate`), pictures (`draw`), command line. The end is plumbing that train.py uses too.
 """
-
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process silently.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
 import copy
 import ctypes
 import datetime
-import functools
 import io
 import json
-import math
 import os
 import sys
 from collections import defaultdict
@@ -31,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -41,9 +33,9 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import WeightsError, check_images, load_model, read_checkpoint, write_whole
+from model import WeightsError, check_images, load_model, write_whole
 
-# ---- Prediction on an image ----------------------------------------------------------------------
+# -- Prediction on an image ------------------------------------------------------------------------
 
 
 def predict(model, image, min_size=None, max_size=None, tta=False):
@@ -62,14 +54,16 @@ def predict(model, image, min_size=None, max_size=None, tta=False):
     if isinstance(image, (str, os.PathLike)):
         image = data.read_image(image)
     elif not torch.is_tensor(image):
-        # A copy, since torch refuses the negative strides of bgr[..., ::-1].
-        image = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
+        array = np.array(image)  # a copy, since torch refuses the strides of bgr[..., ::-1]
+        if array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(f"image must be [H, W, 3], one RGB image, and is {array.shape}.")
+        image = torch.from_numpy(array).permute(2, 0, 1)
     check_images([image])
     with evaluation_mode(model):
-        detections = resize_and_detect(model, image, min_size, max_size, tta)
+        detections = predict_image(model, image, min_size, max_size, tta)
     if "masks" in detections:
-        height, width = image.shape[1:]
-        detections["masks"] = paste_masks(detections["masks"], detections["boxes"], height, width)
+        masks, boxes = detections["masks"], detections["boxes"]
+        detections["masks"] = paste_masks(masks, boxes, *image.shape[1:])
     return detections
 
 
@@ -84,80 +78,59 @@ def evaluation_mode(model):
         model.train(training)
 
 
-def resize_and_detect(model, image, min_size=None, max_size=None, tta=False):
-    """Detections in an image [3, H, W] of any size, as from `to_image`; arguments as in `predict`.
+def predict_image(model, image, min_size=None, max_size=None, tta=False):
+    """As `predict`, but image is a tensor [3, H, W], and the model in evaluation mode.
 
-    The model must be in evaluation mode.
+    `masks` stay the probabilities [N, 28, 28] of each box.
     """
     size = tuple(image.shape[1:])
     min_size = min_size or model.data_settings["min_size"]
     max_size = max_size or model.data_settings["max_size"]
     if tta:
         views = tta_views(size, min_size, max_size)
-        return to_image(detect_augmented(model, image, views), views[0][0], size)
-    resized = data.resize_image(image, *data.resize_shape(*size, min_size, max_size))
-    return detect(model, resized, size)
+        resized, _ = views[0]
+        detections = predict_views(model, image, views)
+    else:
+        resized = data.resize_shape(*size, min_size, max_size)
+        view = data.resize_image(image, *resized)
+        [detections] = model([view.to(model.image_mean.device)])
 
-
-def detect(model, image, size):
-    """Detections in an image [3, h, w] resized for the network, in the pixels of its own `size`."""
-    (detections,) = model([image.to(model.image_mean.device)])
-    return to_image(detections, image.shape[1:], size)
-
-
-def to_image(detections, resized, size):
-    """The model's dict for an image resized to `resized` (h, w), in the pixels of its `size`.
-
-    Boxes are clipped, those without area dropped; `masks` stay the probabilities [N, 28, 28] of the
-    box. Returns tensors on the CPU.
-    """
-    # float32 again, where amp made them bfloat16
+    # In the pixels of the image; float32 again, where amp made it bfloat16
     moved = {k: v.cpu() if k == "labels" else v.cpu().float() for k, v in detections.items()}
     boxes = data.resize_boxes(moved["boxes"], resized, size, flip=False)
     moved["boxes"] = ops.clip_boxes_to_image(boxes, size)
     if "keypoints" in moved:
-        scale = torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
-        moved["keypoints"] = moved["keypoints"] * scale
-    kept = (moved["boxes"][:, 2:] > moved["boxes"][:, :2]).all(dim=1)
-    return {name: value[kept] for name, value in moved.items()}
+        moved["keypoints"] *= torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
+    has_area = (moved["boxes"][:, 2:] > moved["boxes"][:, :2]).all(dim=1)
+    return {name: value[has_area] for name, value in moved.items()}
 
 
 def paste_masks(masks, boxes, height, width):
     """Masks [N, M, M] (probabilities) of boxes [N, 4] as bool [N, height, width] of the image."""
-    pairs = zip(masks.float().cpu().numpy(), boxes.tolist())
+    pairs = zip(masks.float().cpu(), boxes.tolist())
     pasted = [paste_mask(mask, box, height, width) for mask, box in pairs]
-    return torch.from_numpy(np.array(pasted, bool).reshape(len(pasted), height, width))
+    return torch.stack(pasted) if pasted else torch.zeros(0, height, width, dtype=torch.bool)
 
 
 def paste_mask(mask, box, height, width):
-    """One mask (numpy [M, M] float32) of a box (x1, y1, x2, y2) as bool [height, width].
+    """One mask [M, M] of a box (x1, y1, x2, y2) as bool [height, width], as Detectron2 pastes it.
 
-    Bilinear interpolation as in Detectron2's `paste_masks_in_image`, along one axis after the
-    other: pixel i has its centre at i + 0.5, and zeros around the mask let it fade out half a cell
-    outside of the box. Only the pixels of the box are computed.
+    Bilinear interpolation at the centres of pixels, i + 0.5, with zeros around the mask. Outside of
+    the box they leave less than 0.5, so only its own pixels are computed.
     """
     x1, y1, x2, y2 = box
-    image = np.zeros((width, height), bool)  # column after column, as COCO encodes it
-    if x2 <= x1 or y2 <= y1:
-        return image.T
-    window = []
-    # Rows, then columns: [M, M] -> [M, rows] -> [rows, columns]
-    for low, high, length in ((y1, y2, height), (x1, x2, width)):
-        count = len(mask)
-        fade = (high - low) / (2 * count)
-        start = max(0, math.ceil(low - fade - 0.5))
-        stop = max(start, min(length, math.ceil(high + fade - 0.5)))
-        place = (np.arange(start, stop) + 0.5 - low) * (count / (high - low)) + 0.5
-        before = np.clip(place.astype(int), 0, count)  # the cell before the pixel's centre
-        weight = (place - before).astype(np.float32)[:, None]
-        cells = np.pad(mask, ((1, 1), (0, 0)))
-        mask = (cells[before] + weight * (cells[1:] - cells[:-1])[before]).T
-        window.append(slice(start, stop))
-    image[window[1], window[0]] = mask.T >= 0.5
-    return image.T
+    left, top, right, bottom = round(x1), round(y1), round(x2), round(y2)
+    x = (torch.arange(left, right) + 0.5 - x1) * 2 / (x2 - x1) - 1  # -1 .. 1 across the box
+    y = (torch.arange(top, bottom) + 0.5 - y1) * 2 / (y2 - y1) - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [rows, columns, 2]
+    image = torch.zeros(height, width, dtype=torch.bool)
+    if grid.numel() > 0:
+        inside = F.grid_sample(mask[None, None], grid[None], align_corners=False)
+        image[top:bottom, left:right] = inside[0, 0] >= 0.5
+    return image
 
 
-# ---- Test-time augmentation (Sec. 5.1, Fig. 5, as in Detectron): every scale, also mirrored ------
+# -- Test-time augmentation (Sec. 5.1, Fig. 5, as in Detectron): every scale, also mirrored --------
 
 TTA_SCALES = (400, 500, 600, 700, 900, 1000, 1100, 1200)  # shorter sides, for a model of 800
 TTA_MAX_SIZE = 2000  # longer side at most, for a model of 800
@@ -177,7 +150,7 @@ def tta_views(size, min_size, max_size):
     return [(shape, flip) for shape in shapes for flip in (False, True)]
 
 
-def detect_augmented(model, image, views):
+def predict_views(model, image, views):
     """Detections of one image [3, H, W] from many views, as one model call gives them for views[0].
 
     1) Scores and boxes of all views are united *before* score threshold and NMS: the views compete
@@ -185,7 +158,8 @@ def detect_augmented(model, image, views):
     2) Threshold and NMS as usual, then box voting.
     3) Masks are read for the final boxes in every view and averaged as probabilities.
     """
-    refuse_keypoints(model)
+    if model.config.keypoints:  # the paper augments the others
+        raise UserError("Keypoint models have no test-time augmentation; leave out --tta.")
     own, _ = views[0]
     features, scores, boxes = [], [], []  # of each view
     for shape, flip in views:
@@ -193,8 +167,8 @@ def detect_augmented(model, image, views):
         view = view.flip(-1) if flip else view
         batch, sizes = model.batch([view.to(model.image_mean.device)])
         view_features = model.features(batch)
-        proposals, valid = model.proposals(view_features, sizes)
-        [(view_scores, view_boxes)] = model.box_predictions(view_features, proposals, valid, sizes)
+        proposals = model.proposals(view_features, sizes)
+        [(view_scores, view_boxes)] = model.box_predictions(view_features, proposals, sizes)
         scores.append(view_scores)  # [P, K + 1]
         moved = data.resize_boxes(view_boxes.flatten(0, 1), shape, own, flip)
         boxes.append(moved.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
@@ -215,12 +189,6 @@ def detect_augmented(model, image, views):
         masks = masks + (view_masks.flip(-1) if flip else view_masks)
     detections["masks"] = masks / len(views)
     return detections
-
-
-def refuse_keypoints(model):
-    """Raise UserError for a model with keypoints: the paper augments the others (Choice 12)."""
-    if model.config.keypoints:
-        raise UserError("Keypoint models have no test-time augmentation; leave out --tta.", code=2)
 
 
 def vote_boxes(detections, scores, boxes, score_threshold):
@@ -246,7 +214,7 @@ def vote_boxes(detections, scores, boxes, score_threshold):
     return voted
 
 
-# ---- Metrics: the results of all images in COCO's format, then average precision (AP) ------------
+# -- Metrics: the results of all images in COCO's format, then average precision (AP) --------------
 #
 # A detection is right at the IoU threshold t if it overlaps an object of its class, which no
 # detection with a higher score has taken, with IoU >= t. Go through the detections of a class in
@@ -260,58 +228,37 @@ def vote_boxes(detections, scores, boxes, score_threshold):
 # IoU is that of boxes for "bbox" and of masks for "segm"; keypoints have a similarity of their own.
 
 
-def evaluate(model, dataset, out=None, tta=False, workers=2, per_class=False, amp=False):
+def evaluate(model, dataset, out=None, tta=False, workers=2, amp=False, metric=None):
     """Metrics of a model on a data set, in percent.
 
     Where torch.distributed is initialized, every process calls this, takes its share of the images
     and returns the same. model: a MaskRCNN (not wrapped in DDP), in whatever mode; dataset: a
-    CocoDataset or VocDataset made for evaluation; out: a folder for `results_bbox.json`,
-    `results_segm.json` and `results_keypoints.json` in COCO's submission format, which appear whole
-    or not at all; tta: test-time augmentation; workers: processes that decode images, and as many
-    that paste masks; amp: bfloat16.
+    CocoDataset made for evaluation; out: a folder for `results_bbox.json`, `results_segm.json` and
+    `results_keypoints.json` in COCO's submission format; tta: test-time augmentation; workers:
+    processes that read images; amp: bfloat16; metric: "coco" or "voc" (None: VOC's if annotations
+    have its field "difficult").
 
     Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}}, the same as "segm" for a model
     with masks, {"AP", "AP50", "AP75", "APm", "APl"} as "keypoints"; for VOC {"voc": {"mAP50"}};
-    None where there is no object to find. per_class adds {"per_class": {class: AP}} to each.
-    Raises UserError where data set and model have different classes.
+    None where there is no object to find. Each has "per_class", too: {class: AP}. Raises UserError
+    where data set and model have different classes.
     """
-    distributed = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     check_classes(model, dataset)
-    if rank == 0:
-        truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
-        if out is not None:  # results of an earlier run must not pass for those of this one
-            Path(out).mkdir(parents=True, exist_ok=True)
-            for kind in RESULTS:
-                Path(out, f"results_{kind}.json").unlink(missing_ok=True)
-
+    truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
+    rank, world_size = rank_and_size()
     positions = range(rank, len(dataset), world_size)
     device = model.image_mean.device.type
     with evaluation_mode(model), torch.autocast(device, torch.bfloat16, enabled=amp):
-        share = detect_all(model, dataset, positions, tta, workers, progress=rank == 0)
-    shares = [share]
-    if distributed:  # not through files: machines need not share a file system
-        shares = [None] * world_size if rank == 0 else None
-        dist.gather_object(share, shares)
-    metrics = [None]
-    if rank == 0:
-        by_image = {image_id: results for share in shares for image_id, results in share.items()}
-        if by_image.keys() != set(dataset.image_ids):
-            raise UserError("The processes see different data sets; give them the same --data.")
-        # In the data set's order: the files do not depend on the number of processes.
-        results = [result for image_id in dataset.image_ids for result in by_image[image_id]]
-        metrics = [write_and_measure(model, dataset, truth, results, out, per_class, workers)]
-    if distributed:
-        dist.broadcast_object_list(metrics)
-    return metrics[0]
+        share = predict_dataset(model, dataset, positions, tta, workers, progress=rank == 0)
+    by_image = {image_id: found for share in gather(share) for image_id, found in share.items()}
+    # In the data set's order, whatever the number of processes
+    results = [result for image_id in dataset.image_ids for result in by_image[image_id]]
+    return write_and_measure(model, dataset, truth, results, out, metric)
 
 
 def check_classes(model, dataset):
     """Raise UserError if the model is for other classes than those of the data set."""
-    advice = (
-        "metrics need the same ones. To see the detections anyway, use --images; to train for "
-        "these classes, use train.py --init"
-    )
+    advice = "metrics need the same; see detections with --images, or train with train.py --init"
     named = model.data_settings["classes"] or dataset.classes  # None: weights of other projects
     data.check_classes(dataset, named, "the weights", advice)
     if model.config.num_classes != len(named):
@@ -319,134 +266,96 @@ def check_classes(model, dataset):
         raise UserError(f"{dataset.annotation_file} {numbers}; {advice}.")
 
 
-def detect_all(model, dataset, positions, tta, workers, progress):
-    """{image id: list of `coco_results`} of the images at `positions` of a data set.
+def predict_dataset(model, dataset, positions, tta, workers, progress):
+    """{image id: results in COCO's submission format} of the images at `positions`.
 
-    Three things happen at once: processes decode the next images, the model looks at one, and
-    processes paste and encode the masks of the last. It sees one image at a time: in a batch,
-    through GroupNorm, the padding would make a result depend on its neighbours.
+    One image at a time: in a batch, through GroupNorm, the padding would make a result depend on
+    its neighbours.
     """
     images = copy.copy(dataset)
     images.masks = images.keypoints = False  # the objects to find: pycocotools reads them itself
-    sizes = {} if tta else {key: model.data_settings[key] for key in ("min_size", "max_size")}
-    load = data.Computed(functools.partial(images.load, **sizes))
-
-    def detections():
-        for i, (image, _) in zip(positions, data.read_ahead(load, workers, positions)):
-            size = int(dataset.heights[i]), int(dataset.widths[i])
-            tensors = (
-                resize_and_detect(model, image, tta=True) if tta else detect(model, image, size)
-            )
-            # As numpy: tensors would travel through shared memory, of which there may be little.
-            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            yield dataset.image_ids[i], arrays, size, dataset.category_ids
-
-    # A key of this "data set" is an image's detections: to ask for the next key runs the model.
-    results = data.compute_ahead(data.Computed(coco_results), workers, detections())
-    return dict(tqdm(results, "evaluate", len(positions), leave=False, disable=not progress))
+    loader = data.read_ahead(images, workers, positions)
+    results = {}
+    for image, target in tqdm(
+        loader, "evaluate", len(positions), leave=False, disable=not progress
+    ):
+        detections = predict_image(model, image, tta=tta)
+        found = results[target["image_id"]] = []
+        for label, result in to_results(detections, image.shape[1:]):
+            ids = {"image_id": target["image_id"], "category_id": dataset.category_ids[label - 1]}
+            found.append(ids | result)
+    return results
 
 
-def coco_results(item):
-    """Detections of one image in COCO's submission format: (image id, a list of dicts).
+def to_results(detections, size):
+    """Pairs (label, dict in COCO's submission format but for its ids) of an image's detections.
 
-    item: (image id, detections as from `detect` in numpy, size (H, W), category ids of labels
-    1..K). Each dict has `image_id`, `category_id`, `score`, `bbox` [x, y, width, height], and
-    `segmentation` (compressed RLE) and `keypoints` [51] where the model has them. Numbers are
-    rounded here, once: the metrics are computed from the very values that are written.
+    detections: as from `predict_image`; size: (H, W). A dict has `score`, `bbox` [x, y, width,
+    height], and `segmentation` (compressed RLE) and `keypoints` [51] where the model has them.
+    Numbers are rounded here, once: the metrics are computed from the very values that are written.
     """
-    image_id, detections, size, category_ids = item
-    results = []
-    boxes, scores, labels = (detections[name].tolist() for name in ("boxes", "scores", "labels"))
-    for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels):
-        result = {"image_id": image_id, "category_id": category_ids[label - 1]}
-        result["score"] = round(score, 6)
-        result["bbox"] = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
-        results.append(result)
-    if "masks" in detections:
-        for result, mask, box in zip(results, detections["masks"], boxes):
-            code = coco_mask.encode(paste_mask(mask, box, *size).view(np.uint8))
+
+    def rounded(values):
+        return values.double().round(decimals=3).tolist()
+
+    pairs = []
+    for i, label in enumerate(detections["labels"].tolist()):
+        box = detections["boxes"][i]
+        result = {"score": round(detections["scores"][i].item(), 6)}
+        result["bbox"] = rounded(torch.cat([box[:2], box[2:] - box[:2]]))
+        if "masks" in detections:
+            mask = paste_mask(detections["masks"][i], box.tolist(), *size)
+            code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
             result["segmentation"] = code | {"counts": code["counts"].decode()}
-    if "keypoints" in detections:
-        # COCO's keypoints are indices of pixels, ours are places: pixel 0 has its centre at 0.5.
-        for result, points in zip(results, detections["keypoints"] - np.float32([0.5, 0.5, 0])):
-            result["keypoints"] = [round(value, 3) for value in points.flatten().tolist()]
-    return image_id, results
+        if "keypoints" in detections:
+            # COCO's keypoints are indices of pixels, ours are places: pixel 0 is centred at 0.5.
+            points = detections["keypoints"][i] - torch.tensor([0.5, 0.5, 0])
+            result["keypoints"] = rounded(points.flatten())
+        pairs.append((label, result))
+    return pairs
 
 
 RESULTS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # kind -> its field
 
 
-def write_and_measure(model, dataset, truth, results, out, per_class, workers):
+def write_and_measure(model, dataset, truth, results, out, metric):
     """Write the files of results and compute the metrics, as `evaluate` returns them."""
+    is_voc = metric == "voc"
+    if metric is None:
+        is_voc = any("difficult" in annotation for annotation in truth.dataset["annotations"])
     metrics = {}
     used = {"bbox": True, "segm": model.config.masks, "keypoints": model.config.keypoints}
     for kind in [kind for kind in RESULTS if used[kind]]:
         others = set(RESULTS.values()) - {RESULTS[kind]}
         chosen = [{k: v for k, v in result.items() if k not in others} for result in results]
-        if out is not None:
-            with write_whole(Path(out, f"results_{kind}.json")) as file:
-                file.write(json.dumps(chosen).encode())
-        if dataset.metric == "coco":
-            # One process for each core, where there are thousands of results.
-            processes = min(len(results) // 5000, os.cpu_count()) if workers else 0
-            metrics[kind] = coco_metrics(truth, chosen, kind, dataset, processes)
-    if dataset.metric == "voc":
+        if out is not None and rank_and_size()[0] == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(out, f"results_{kind}.json"), json.dumps(chosen).encode())
+        if not is_voc:
+            metrics[kind] = coco_metrics(truth, chosen, kind, dataset)
+    if is_voc:
         metrics["voc"] = voc_metrics(truth, results, dataset)
-    for values in metrics.values():
-        if not per_class:
-            del values["per_class"]
     return metrics
 
 
-def coco_metrics(truth, results, kind, dataset, workers=0):
-    """COCO's average precisions, with pycocotools: {"AP": percent, ..., "per_class": {class: AP}}.
+def coco_metrics(truth, results, kind, dataset):
+    """COCO's average precisions, by pycocotools: {"AP": percent, ..., "per_class": {class: AP}}.
 
-    truth: a pycocotools COCO object; results: list of dicts in COCO's submission format; kind:
-    "bbox", "segm" or "keypoints"; workers: processes that share the classes. None: no such object.
+    truth: a pycocotools COCO object; results: a list of dicts in COCO's submission format, which
+    loadRes writes into; kind: "bbox", "segm" or "keypoints". None: there is no such object.
     """
-    by_class = by_category(results, dataset)
-    precision_of = functools.partial(class_precision, truth, kind, list(dataset.image_ids))
-    precisions = list(data.compute_ahead(data.Computed(precision_of), workers, [*by_class.items()]))
-    precision = torch.stack(precisions, dim=2).numpy()  # [IoU thresholds, recalls, classes, areas]
-    metrics = {
-        "AP": percent(precision[..., 0]),
-        "AP50": percent(precision[0, ..., 0]),
-        "AP75": percent(precision[5, ..., 0]),
-    }
-    for area, letter in enumerate("ml" if kind == "keypoints" else "sml", start=1):
-        metrics[f"AP{letter}"] = percent(precision[..., area])
-    values = [percent(precision[:, :, k, 0]) for k in range(len(by_class))]
-    return metrics | {"per_class": dict(zip(dataset.classes, values))}
-
-
-def class_precision(truth, kind, image_ids, item):
-    """COCOeval's precision of one class: [IoU thresholds, recalls, areas (the first: all)].
-
-    item: (category id, its results). COCOeval treats each class as if there were no other.
-    """
-    category_id, results = item
     with contextlib.redirect_stdout(io.StringIO()):
-        if results:  # copies, since loadRes writes into the dicts that it is given
-            detections = truth.loadRes([dict(result) for result in results])
-        else:
-            detections = COCO()  # loadRes cannot read an empty list
-            detections.dataset = {**truth.dataset, "annotations": []}
-            detections.createIndex()
+        detections = truth.loadRes(results) if results else COCO()
         scorer = COCOeval(truth, detections, kind)
-        scorer.params.imgIds = image_ids
-        scorer.params.catIds = [category_id]
+        scorer.params.imgIds = list(dataset.image_ids)
         scorer.evaluate()
         scorer.accumulate()
-    precision = scorer.eval["precision"][:, :, 0]  # [IoU thresholds, recalls, areas, limits]
-    return torch.from_numpy(precision[..., -1])  # the last limit: 100 detections (keypoints: 20)
-
-
-def by_category(objects, dataset):
-    """{category id: its results or annotations} for each category of the data set."""
-    by_class = {category_id: [] for category_id in dataset.category_ids}
-    for one in objects:
-        by_class[one["category_id"]].append(one)
-    return by_class
+        scorer.summarize()
+    names = ["AP", "AP50", "AP75", *([] if kind == "keypoints" else ["APs"]), "APm", "APl"]
+    metrics = {name: percent(value) for name, value in zip(names, scorer.stats)}
+    precision = scorer.eval["precision"][..., 0, -1]  # [IoU thresholds, recalls, classes]
+    per_class = [percent(precision[:, :, k]) for k in range(len(dataset.classes))]
+    return metrics | {"per_class": dict(zip(dataset.classes, per_class))}
 
 
 def percent(values):
@@ -458,9 +367,11 @@ def percent(values):
 
 def voc_metrics(truth, results, dataset):
     """{"mAP50": mean of `voc_average_precision` over the classes, "per_class": {class: AP50}}."""
-    results = by_category(results, dataset)
-    objects = by_category(truth.dataset["annotations"], dataset)
-    values = [voc_average_precision(results[k], objects[k]) for k in dataset.category_ids]
+    values = []
+    for category_id in dataset.category_ids:
+        both = results, truth.dataset["annotations"]
+        of_class = [[o for o in ones if o["category_id"] == category_id] for ones in both]
+        values.append(voc_average_precision(*of_class))
     per_class = dict(zip(dataset.classes, [percent([value]) for value in values]))
     return {"mAP50": percent(values), "per_class": per_class}
 
@@ -468,12 +379,12 @@ def voc_metrics(truth, results, dataset):
 def voc_average_precision(results, objects):
     """PASCAL VOC's average precision of one class in [0, 1]; -1 if no object counts.
 
-    results and objects (annotations with `difficult`) of the class, in COCO's format. The rule (VOC
-    development kit, 2010): by falling score, each detection is matched to the object of its image
-    that it overlaps most. IoU below 0.5: wrong. Difficult object: ignored. Object matched before:
-    wrong. Otherwise: right. AP is the whole area, where COCO reads it at 101 recalls.
+    results and objects (annotations, some `difficult`) of the class are in COCO's format. The rule
+    (VOC development kit, 2010): by falling score, each detection is matched to the object of its
+    image that it overlaps most. IoU below 0.5: wrong. Difficult object: ignored. Object matched
+    before: wrong. Otherwise: right. AP is the whole area, where COCO reads it at 101 recalls.
     """
-    total = sum(not o["difficult"] for o in objects)
+    total = sum(not o.get("difficult") for o in objects)
     if total == 0:
         return -1
     in_image = defaultdict(list)
@@ -487,7 +398,7 @@ def voc_average_precision(results, objects):
         overlap, best = max(zip(overlaps, candidates), key=lambda pair: pair[0], default=(0, None))
         if overlap < 0.5:
             right.append(False)
-        elif not best["difficult"]:
+        elif not best.get("difficult"):
             right.append(best["id"] not in taken)
             taken.add(best["id"])
     recall = np.cumsum(right) / total
@@ -515,64 +426,63 @@ def format_table(metrics):
 
 
 def format_classes(metrics):
-    """AP of each class as such a table; for metrics from `evaluate(..., per_class=True)`."""
+    """The AP of each class as such a table."""
     by_class = {kind: row["per_class"] for kind, row in metrics.items()}
     names = next(iter(by_class.values()))
     return format_table({name: {kind: by_class[kind][name] for kind in by_class} for name in names})
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# -- Pictures --------------------------------------------------------------------------------------
 
 COLORS = "#ff595e #ffca3a #8ac926 #1fa2ff #c77dff #ff924c #2ec4b6 #f15bb5 #b5e48c #00f5d4".split()
 SKELETON = [  # pairs of data.KEYPOINT_NAMES that a line joins
     (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12),
     (11, 12), (11, 13), (13, 15), (12, 14), (14, 16),
 ]  # fmt: skip
-PICTURE_SIDES = 480, 1600  # limits of the longer side, so that names fit and memory stays bounded
+PICTURE_SIDES = 480, 1600  # limits of a picture's longer side, so that names fit
 
 
 def draw(image, detections, classes=None, score=0.5):
     """A picture of an image with its detections: masks, boxes, names with scores, keypoints.
 
-    image: [3, H, W] uint8, or float in [0, 1]; detections: as from `predict` or `detect`; classes:
-    names of labels 1..K; score: detections below are left out. Returns uint8 [3, H', W'], enlarged
-    or shrunk so that the longer side is within PICTURE_SIDES.
+    image: [3, H, W] uint8, or float in [0, 1]; detections: as from `predict` or `predict_image`;
+    classes: names of labels 1..K; score: detections below are left out. Returns uint8 [3, H', W'],
+    enlarged or shrunk to PICTURE_SIDES.
     """
     if image.is_floating_point():
         image = (image * 255).round().to(torch.uint8)
     size = tuple(image.shape[1:])
-    scale = min(max(max(size), PICTURE_SIDES[0]), PICTURE_SIDES[1]) / max(size)
-    height, width = (max(1, round(side * scale)) for side in size)
-    picture = data.resize_image(image.cpu(), height, width)
-    shown = {name: value[detections["scores"] >= score].cpu() for name, value in detections.items()}
-    boxes = data.resize_boxes(shown["boxes"], size, (height, width), flip=False)
-    colors = [COLORS[i % len(COLORS)] for i in range(len(boxes))]
-    if not colors:
+    least, most = PICTURE_SIDES
+    scale = min(max(max(size), least), most) / max(size)
+    new_size = height, width = [max(1, round(scale * side)) for side in size]
+    picture = data.resize_image(image.cpu(), *new_size)
+    # Drawn from the worst to the best, so that no other covers the best one's name
+    order = [i for i, s in enumerate(detections["scores"].tolist()) if s >= score][::-1]
+    if not order:
         return picture
+    shown = {name: value[order].cpu() for name, value in detections.items()}
+    boxes = data.resize_boxes(shown["boxes"], size, new_size, flip=False)
+    colors = [COLORS[i % len(COLORS)] for i in order]
     if "masks" in shown:
         masks = shown["masks"]
         if masks.is_floating_point():
             masks = paste_masks(masks, boxes, height, width)
-        elif masks.shape[1:] != (height, width):
-            masks = torch.nn.functional.interpolate(masks[None].byte(), (height, width))[0].bool()
+        else:
+            masks = F.interpolate(masks[None].byte(), new_size)[0].bool()
         picture = drawing.draw_segmentation_masks(picture, masks, 0.4, colors)
     for points, color in zip(shown.get("keypoints", []), colors):
         points = points[None, :, :2] * torch.tensor([width / size[1], height / size[0]])
         picture = drawing.draw_keypoints(picture, points, SKELETON, color, radius=3, width=2)
     picture = drawing.draw_bounding_boxes(picture, boxes, colors=colors, width=2)
-
     canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(14, max(height, width) // 50))
-    for i in reversed(range(len(boxes))):  # the best last, so that no other covers its name
-        name = f"{class_name(shown['labels'][i], classes)} {100 * shown['scores'][i]:.0f}%"
-        x1, y1, _, y2 = boxes[i].tolist()
-        x = max(0, min(x1, width - pen.textlength(name, font)))
-        place, anchor = (x, y1 - 2), "lb"  # above the object, which it must not cover
-        if y1 < font.size + 4:
-            place, anchor = (x, min(y2 + 2, height - font.size)), "lt"
-        pen.rectangle(pen.textbbox(place, name, font, anchor), fill=colors[i])
-        pen.text(place, name, "black", font, anchor)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(13, max(new_size) // 60))
+    corners = boxes[:, :2].tolist()
+    for label, s, (x, y), color in zip(shown["labels"], shown["scores"], corners, colors):
+        name = f"{class_name(label, classes)} {100 * s:.0f}%"
+        _, _, w, h = pen.textbbox((0, 0), name, font)
+        x, y = max(0, min(x, width - w)), max(0, y - h)  # above the box where there is room
+        pen.rectangle((x, y, x + w, y + h), color)
+        pen.text((x, y), name, "black", font)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
@@ -580,70 +490,48 @@ def class_name(label, classes):
     return classes[label - 1] if classes else f"class {label}"  # None: the weights do not know them
 
 
-def draw_files(model, paths, out, score=0.5, tta=False):
-    """Draw the detections in image files into OUT/NAME_detections.png.
+def predict_files(model, paths, out, score=0.5, tta=False):
+    """Detections in image files: a picture of each, and all together in OUT/detections.json.
 
-    Yields (path, path of the picture, detections as from `detect`) of each file. A picture is an
-    extra: where one fails, a line on stderr says so, and the next one follows.
+    Yields (path, path of the picture, detections as from `predict_image`) of each file. The JSON is
+    a list of dicts: `file_name`, `class`, and what `to_results` gives; with scores of `score` and
+    more, as in the pictures.
     """
-    taken = {Path(path).resolve() for path in paths}  # a picture must not replace an image
+    Path(out).mkdir(parents=True, exist_ok=True)
+    classes, results = model.data_settings["classes"], []
     for path in paths:
         picture = Path(out, f"{Path(path).stem}_detections.png")
-        while picture.resolve() in taken:
-            picture = picture.with_name(f"{picture.stem}_.png")
-        taken.add(picture.resolve())
-        try:
-            image = data.read_image(path)
-            with evaluation_mode(model):  # masks stay small: a huge image's would take gigabytes
-                detections = resize_and_detect(model, image, tta=tta)
-            pixels = draw(image, detections, model.data_settings["classes"], score)
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture)
-        except Exception as error:
-            print(f"No picture of {path}: {data.first_line(error)}", file=sys.stderr)
-        else:
-            yield path, picture, detections
+        image = data.read_image(path)
+        with evaluation_mode(model):
+            detections = predict_image(model, image, tta=tta)
+        good = detections["scores"] >= score
+        detections = {name: value[good] for name, value in detections.items()}
+        pixels = draw(image, detections, classes, score)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture)
+        for label, result in to_results(detections, image.shape[1:]):
+            names = {"file_name": str(path), "class": class_name(label, classes)}
+            results.append(names | result)
+        yield path, picture, detections
+    write_whole(Path(out, "detections.json"), json.dumps(results).encode())
 
 
-def save_pictures(model, dataset, out, count=8):
-    """Pictures of the first images of a data set in the folder `out`; returns their paths."""
-    names = [dataset.record(i)["file_name"] for i in range(min(count, len(dataset)))]
-    paths = [data.image_path(dataset.image_dir, name) for name in names]
-    return [picture for _, picture, _ in draw_files(model, paths, out)]
-
-
-# ---- Command line --------------------------------------------------------------------------------
+# -- Command line ----------------------------------------------------------------------------------
 
 
 def main(arguments=None):
-    """The command line; returns the exit code: 0, 1 for bad files, 2 for bad use."""
-    return run_command("evaluate.py", run, arguments)
-
-
-def run(arguments):
-    """Do what the command line says."""
+    """The command line. Raises UserError, model.WeightsError and OSError."""
     args = make_parser().parse_args(arguments)
-    if args.workers < 0 or not 0 <= args.score <= 1:
-        raise UserError("--workers must be 0 or more, and --score between 0 and 1.", code=2)
-    if "" in (args.weights, args.data, args.export, args.out, *(args.images or [])):
-        raise UserError("A path of the command line is empty.", code=2)
-    if args.export:
-        export(args.weights, args.export)
-        return
     rank, _, device = start_processes(args.device)
     model = load_model(args.weights).to(device)
-    if args.tta:
-        refuse_keypoints(model)
     if args.images:
         if rank == 0:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                detect_in_images(args, model)
+                print_detections(args, model)
         return
     masks, keypoints = model.config.masks, bool(model.config.keypoints)
     dataset = data.open_split(args.data, args.split, masks=masks, keypoints=keypoints)
-    with lock_folder(args.out) if args.out and rank == 0 else contextlib.nullcontext():
-        settings = {"tta": args.tta, "workers": args.workers, "amp": args.amp}
-        metrics = evaluate(model, dataset, args.out, per_class=args.per_class, **settings)
+    settings = args.tta, args.workers, args.amp, args.metric
+    metrics = evaluate(model, dataset, args.out, *settings)
     if rank == 0:
         if args.per_class:
             print(format_classes(metrics) + "\n")
@@ -657,170 +545,123 @@ def make_parser():
     about = "Evaluate Mask R-CNN. Under torchrun, the processes share the images of --data."
     parser = argparse.ArgumentParser("evaluate.py", description=about)
     one_of = parser.add_mutually_exclusive_group(required=True).add_argument
-    one_of("--data", metavar="DIR", help="metrics on a data set in COCO's layout or VOC's")
+    one_of("--data", metavar="DIR", help="metrics on a data set in COCO's layout")
     one_of("--images", metavar="PATH", nargs="+", help="detections in images, or folders of them")
-    one_of("--export", metavar="FILE", help="copy the weights alone into a new file")
     add = parser.add_argument
     add("--weights", metavar="FILE", required=True, help="a checkpoint of train.py")
-    add("--out", metavar="DIR", help="folder for results (--data) or pictures (--images: .)")
+    add("--out", metavar="DIR", help="folder for results (--data), or pictures and JSON (--images)")
     add("--split", default="val2017", help="which part of --data (val2017)")
+    add("--metric", choices=["coco", "voc"], help="(voc where annotations have VOC's difficult)")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, about 20x the time")
     add("--amp", action="store_true", help="bfloat16: faster on a GPU, slightly different numbers")
     add("--per-class", action="store_true", help="AP of each class of --data, too")
     add("--score", type=float, default=0.5, help="--images: the least score that is shown (0.5)")
-    add("--workers", type=int, default=2, help="processes for --data that decode images (2)")
+    add("--workers", type=int, default=2, help="processes that read the images of --data (2)")
     add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
     return parser
 
 
-def detect_in_images(args, model):
-    """`--images`: a table of detections for each image, and its picture in the folder --out."""
-    paths = find_images(args.images)
-    drawn = 0
-    drawings = draw_files(model, paths, args.out or ".", args.score, args.tta)
-    for path, picture, detections in drawings:
-        drawn += 1
+def print_detections(args, model):
+    """`--images`: a table of detections for each image; pictures and JSON in the folder --out."""
+    out, paths = args.out or ".", find_images(args.images)
+    for path, picture, found in predict_files(model, paths, out, args.score, args.tta):
         print(f"{path} -> {picture}")
-        boxes = detections["boxes"].tolist()
-        for label, score, box in zip(detections["labels"], detections["scores"], boxes):
-            if score >= args.score:
-                name = class_name(label, model.data_settings["classes"])
-                print(f"  {name:20}{score:6.2f}" + "".join(f"{corner:9.1f}" for corner in box))
-    if drawn < len(paths):
-        raise UserError(f"{len(paths) - drawn} of {len(paths)} images failed, see above.")
+        boxes = found["boxes"].tolist()
+        for label, score, box in zip(found["labels"], found["scores"], boxes):
+            name = class_name(label, model.data_settings["classes"])
+            print(f"  {name:20}{score:6.2f}" + "".join(f"{corner:9.1f}" for corner in box))
+    print(f"{out}/detections.json")
 
 
 def find_images(paths):
-    """The image files of paths and folders, without those that `draw_files` made."""
-    formats = Image.registered_extensions()
+    """The image files of paths and folders, without the pictures that `predict_files` made."""
     files = []
     for path in map(Path, paths):
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        inside = [p for p in inside if formats.get(p.suffix.lower()) in data.IMAGE_FORMATS]
-        inside = [p for p in inside if not p.stem.rstrip("_").endswith("_detections")]
-        if path.is_dir() and not inside:
-            raise UserError(f"There is no image in the folder {path}.")
-        files += inside or [path]
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [p for p in inside if p.suffix.lower() in Image.registered_extensions()]
+    files = [file for file in files if not file.stem.endswith("_detections")]
+    if not files:
+        raise UserError("--images names no image, and no folder with images.")
+    if len({file.stem for file in files}) < len(files):
+        raise UserError("Two of the images have the same name; draw them into different --out.")
     return files
 
 
-def export(weights, output):
-    """Copy a checkpoint of train.py without the optimizer's state: half the size, for sharing."""
-    if os.path.lexists(output):  # perhaps another checkpoint, which would lose its momentum
-        raise UserError(f"{output} exists already; give --export a new name.", code=2)
-    checkpoint = read_checkpoint(weights)
-    checkpoint.pop("momentum", None)
-    with write_whole(output) as file:
-        torch.save(checkpoint, file)
-    print(output)
-
-
-# ---- Plumbing, shared with train.py and the tools: processes, lock, errors, memory ---------------
+# -- Plumbing, for train.py and the tools too: processes, errors, memory ---------------------------
 
 
 def start_processes(device_name=None):
     """(rank, world_size, device) of this process; joins those that torchrun started with it.
 
-    device_name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one. Raises UserError for a
-    device that is not there, and for stale environment variables: with them, this process would
-    wait for others, or take itself for one that writes nothing.
+    device_name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    said = {name: os.environ[name] for name in names if name in os.environ}
-    ranks = [int(value) for value in said.values() if value.isdecimal()] if said else [0, 0, 1]
-    fit = len(ranks) == 3 and ranks[1] <= ranks[0] < ranks[2]
-    if not fit or (ranks[2] > 1 and "MASTER_ADDR" not in os.environ):
-        raise UserError(
-            f"The environment variables {said} are not what torchrun sets ({', '.join(names)}, "
-            "MASTER_ADDR): unset them, or start the processes with torchrun.",
-            code=2,
-        )
-    rank, local_rank, world_size = ranks
-
-    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):  # Apple's mps lacks float64
-        raise UserError(f"The device {name} is not supported; use cuda or cpu.", code=2)
-    if not name.startswith("cuda"):
-        device = torch.device("cpu")
-        keep_freed_memory()
-    else:
-        index = str(local_rank) if world_size > 1 else name.partition(":")[2] or "0"
-        if index not in map(str, range(torch.cuda.device_count())):
-            raise UserError(f"There is no CUDA device {index} here; use --device cpu.", code=2)
-        device = torch.device("cuda", int(index))
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    rank, local_rank, world_size = (int(os.environ.get(*pair)) for pair in defaults.items())
+    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(
+                f"There is no {device}: start at most {count} processes (--nproc-per-node), or use "
+                "--device cpu."
+            )
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # The others wait while rank 0 computes the metrics: for a large data set, long.
+        # Shares of an evaluation do not take equally long: more than the default of 10 minutes
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return rank, world_size, device
 
 
-@contextlib.contextmanager
-def lock_folder(out):
-    """Make the folder `out` and keep other runs and evaluations out of it inside the `with`.
+def rank_and_size():
+    """The number of this process and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    The lock on OUT/.lock belongs to this process: the system frees it when the process ends, in
-    whatever way, and loading processes do not inherit it (as they would that of `flock`). Raises
-    UserError where another process has it.
-    """
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out, ".lock"), "a") as file:
-        try:
-            import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            problem = f"Another run or evaluation is writing to {out}; wait, or give another --out."
-            raise UserError(problem, code=2) from None
-        except (ImportError, OSError):
-            pass  # Windows, or a file system without locks
-        yield
+def gather(value):
+    """A list of what `value` is in each process."""
+    everywhere = [value]
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, value)
+    return everywhere
 
 
 def run_command(name, function, arguments=None):
     """Run function(arguments) as the command `name`; returns its exit code (None: 0).
 
-    Errors that the user can fix become one line on stderr; any other exception is a bug.
+    An error that the user can fix becomes one line on stderr; any other exception is a bug.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # for the imports, see the top
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    with contextlib.suppress(AttributeError):  # file names that the terminal's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = function(arguments) or 0
-        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
-    except (UserError, WeightsError, ImportError) as error:
-        message, code = str(error), getattr(error, "code", 1)
+    except (UserError, WeightsError, OSError) as error:
+        message = str(error).rpartition("UserError: ")[2].strip()  # without a worker's traceback
     except torch.cuda.OutOfMemoryError:
-        message = "the GPU's memory is too small for this step; use --images-per-gpu 1, --amp or "
-        message, code = message + "--recompute, or smaller min_sizes", 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a full disk, a folder that may not be written to
-        file = error.filename or "a file"
-        message, code = f"{file} cannot be read or written ({error.strerror or error})", 1
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-    return code
+        message = "the GPU's memory is too small; use --images-per-gpu 1 or --amp."
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        message = f"{data.first_line(error)}: memory is short, perhaps; use fewer --workers."
+    print(f"{name}: {message}", file=sys.stderr)
+    return 1
 
 
 def keep_freed_memory():
     """Make glibc, where there is one, keep freed memory for the next step.
 
-    A step on the CPU takes and frees the same gigabytes as the one before; getting them from the
+    A step on the CPU takes and frees the same gigabytes as the one before. Getting them from the
     kernel, which clears every page, was a third of its time.
     """
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):
-        for parameter in (mmap_threshold, trim_threshold):
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
             ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("evaluate.py", main))

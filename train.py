@@ -2,8 +2,8 @@
 
 He, Girshick, Dollar, "Rethinking ImageNet Pre-training" (arXiv 1811.08883), Sec. 4 and 5.
 
-  python train.py                                                    generated data, without a GPU
   torchrun --nproc-per-node 8 train.py --recipe r50-gn --data coco   the paper's first row, 6x
+  python train.py                                                    generated data, without a GPU
 
 The file in reading order:
 
@@ -13,21 +13,17 @@ Training from random weights needs two things: a normalization that works with s
 (norms.py) and more iterations. Nothing else of the fine-tuning baseline changes.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process silently.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +37,7 @@ import data
 import evaluate
 import model as detector
 from data import UserError
+from evaluate import gather, rank_and_size
 
 # -- Recipes ---------------------------------------------------------------------------------------
 
@@ -58,9 +55,9 @@ class Recipe:
     masks: bool = True
     keypoints: int = 0  # how many
     cascade_iterations: int = 0  # how many of the last iterations train a cascade
-    model: dict = dataclasses.field(default_factory=dict)  # further fields of model.Config
+    settings: dict = dataclasses.field(default_factory=dict)  # other fields of model.Config
     freeze_at: int = 0  # random layers must not be frozen (Sec. 3.1)
-    freeze_at_pretrained: int = 2  # stem and res2, as in Detectron's GN baselines (Choice 9)
+    freeze_at_pretrained: int = 2  # stem and res2, as in Detectron's GN baselines
 
     # Sec. 4 "Learning rate scheduling"
     iterations: int = SCHEDULES["6x"]  # from random weights
@@ -76,7 +73,7 @@ class Recipe:
     learning_rate: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    bias_rate: float = 2.0  # biases and betas learn at twice the rate (Choice 2)
+    bias_rate: float = 2.0  # biases and betas learn at twice the rate (Detectron)
     warmup_iterations: int = 500  # linear, from a third of the rate (Detectron)
     warmup_factor: float = 1 / 3
     clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
@@ -104,9 +101,19 @@ class Recipe:
         lengths = [tail * self.iterations if tail < 1 else tail for tail in self.tails]
         return sorted(self.iterations - round(length) for length in lengths)
 
+    @property
+    def cascade_start(self):
+        """The iteration at which training switches to a cascade; without one, the end."""
+        return self.iterations - self.cascade_iterations
+
+    @property
+    def first_change(self):
+        """Until here, this schedule and any longer one of the same recipe are one and the same."""
+        return min(self.drops[0], self.cascade_start)
+
 
 # Train-time scale augmentation (Sec. 5.1): one of these shorter sides for each image, multiples of
-# 32 as in Detectron (Choice 4). COCO's subsets (Sec. 5.2) have the wider range.
+# 32 as in Detectron. COCO's subsets (Sec. 5.2) have the wider range.
 AUGMENTED = tuple(range(640, 801, 32))
 AUGMENTED_MORE = tuple(range(512, 801, 32))
 
@@ -115,18 +122,18 @@ AUGMENTED_MORE = tuple(range(512, 801, 32))
 ENHANCED = dict(
     min_sizes=AUGMENTED, iterations=SCHEDULES["9x"], iterations_pretrained=SCHEDULES["6x"],
 )
-# The switch to a cascade is 270k iterations before the end, of fine-tuned runs too (Choice 10).
-# Boxes are class-agnostic from the start (Choice 6): the stages of a cascade hand on one box for
-# each RoI, so stage 1 must have learnt one to survive the switch.
-CASCADE = dict(cascade_iterations=270_000, model={"box_class_agnostic": True})
+# The switch to a cascade is 270k iterations before the end, here of fine-tuned runs too. Boxes are
+# class-agnostic from the start: the stages of a cascade hand on one box for each RoI, so stage 1
+# must have learnt one to survive the switch.
+CASCADE = dict(cascade_iterations=270_000, settings={"box_class_agnostic": True})
 
 # Sec. 5.2: the rates and sizes that the paper found for 35k images. The paper gives totals for 10k;
 # those for 35k (9x), 3.5k and 1k are ours. So are the drops below 35k: at 6x's own proportions, for
-# these runs are shorter than 6x's tails (Choice 7).
+# these runs are shorter than 6x's tails.
 LESS_DATA = dict(learning_rate=0.04, drop_factor=0.02, min_sizes=AUGMENTED_MORE)
 NINTHS = (1 / 9, 1 / 27)
 
-# The whole path in six minutes on two CPU cores: a narrow network on small, generated images.
+# Generated data: a narrow network on small images, some minutes on two CPU cores
 NARROW = dict(
     blocks=(1, 1, 1, 1), stem_width=32, width_per_group=32, fpn_channels=64, box_head_channels=64,
     box_head_fc_channels=256, mask_head_channels=64, keypoint_head_channels=64,
@@ -136,7 +143,7 @@ NARROW = dict(
     box_batch_size_per_image=32, roi_sampling_ratio=1,
 )
 TOY = Recipe(
-    model=NARROW, iterations=800, iterations_pretrained=320, one_x=160, tails=(140, 50),
+    settings=NARROW, iterations=800, iterations_pretrained=320, one_x=160, tails=(140, 50),
     batch_size=8, images_per_gpu=8, learning_rate=0.1, warmup_iterations=60,
     min_sizes=(128,), max_size=213, test_size=128,
     eval_every=800, checkpoint_every=160, log_every=10, paper="(generated data)",
@@ -148,25 +155,6 @@ NARROW_VGG = dict(
 
 # Every row states only what it changes; --list prints them. AP is bbox / mask.
 RECIPES = {
-    "toy": TOY,
-    "toy-syncbn": replace(TOY, norm="syncbn"),
-    "toy-cascade": replace(TOY, cascade_iterations=267, model=NARROW | CASCADE["model"]),
-    # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
-    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
-    "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, model=NARROW_VGG),
-    # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
-    "small": replace(
-        TOY, model=NARROW | {"box_batch_size_per_image": 64}, batch_size=4, images_per_gpu=4,
-        learning_rate=0.05, iterations=2000, iterations_pretrained=1000, one_x=500,
-        tails=(0.2, 0.07), eval_every=500, checkpoint_every=250, warmup_iterations=50,
-        min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
-    ),
-    # Own pictures, from public weights, on one GPU: 100 epochs of 240 images (docs/own-data.md)
-    "finetune": Recipe(
-        batch_size=2, learning_rate=0.0025, iterations=36_000, iterations_pretrained=12_000,
-        one_x=6_000, tails=NINTHS, eval_every=2_000, checkpoint_every=1_000,
-        min_sizes=AUGMENTED, paper="(your own data)",
-    ),
     # Tables 1 and 2, Figures 1 and 3
     "r50-gn": Recipe(paper="6x random 41.3 / 36.6; pre-trained 2x 40.3, 6x 41.1 / 36.4"),
     "r101-gn": Recipe(
@@ -191,13 +179,13 @@ RECIPES = {
         backbone="resnext152_8x32d", **ENHANCED, **CASCADE,
         paper="random 48.6 / 41.4; with --tta 50.9 / 43.2, pre-trained 50.3 / 42.5",
     ),
-    # Figure 6: keypoints (Detectron trains them with scale jitter). They have no --tta (Choice 12).
+    # Figure 6: keypoints (Detectron trains them with scale jitter)
     "r50-gn-keypoints": Recipe(
         masks=False, keypoints=17, iterations=SCHEDULES["2x"], min_sizes=AUGMENTED,
         paper="2x keypoint AP: random 65.6, pre-trained 65.5",
     ),
     # Sec. 5.1 "Models without BN/GN": Faster R-CNN without FPN. Without a norm, images must be
-    # divided by their deviation, which model.BACKBONES["vgg16"] says (Choice 8).
+    # divided by their deviation, which model.BACKBONES["vgg16"] says.
     "vgg16": Recipe(
         backbone="vgg16", norm="none", masks=False, min_sizes=AUGMENTED,
         iterations=SCHEDULES["11x"], iterations_pretrained=SCHEDULES["9x"],
@@ -220,26 +208,39 @@ RECIPES = {
         subset=1_000, iterations=40_000, iterations_pretrained=10_000, tails=NINTHS,
         **LESS_DATA, paper="bbox: random 3.5, pre-trained 9.9",
     ),
-    # Sec. 5.2: PASCAL VOC, Faster R-CNN, trainval2007 + train2012, tested on val2012
+    # Sec. 5.2: PASCAL VOC, Faster R-CNN, trainval2007 + train2012, tested on val2012; --data is
+    # what tools/to_coco.py makes of the devkit
     "r101-gn-voc": Recipe(
         backbone="resnet101", masks=False, min_sizes=AUGMENTED,
         iterations=144_000, iterations_pretrained=18_000, tails=NINTHS,
         paper="mAP at IoU 0.5: random 77.6, pre-trained 82.7",
     ),
+    # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
+    "small": replace(
+        TOY, settings=NARROW | {"box_batch_size_per_image": 64}, batch_size=4, images_per_gpu=4,
+        learning_rate=0.05, iterations=2000, iterations_pretrained=1000, one_x=500,
+        tails=(0.2, 0.07), eval_every=500, checkpoint_every=250, warmup_iterations=50,
+        min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
+    ),
+    # Own pictures, from public weights, on one GPU: 100 epochs of 240 images (docs/own-data.md)
+    "finetune": Recipe(
+        batch_size=2, learning_rate=0.0025, iterations=36_000, iterations_pretrained=12_000,
+        one_x=6_000, tails=NINTHS, eval_every=2_000, checkpoint_every=1_000,
+        min_sizes=AUGMENTED, paper="(your own data)",
+    ),
+    # Generated data
+    "toy": TOY,
+    "toy-syncbn": replace(TOY, norm="syncbn"),
+    "toy-cascade": replace(TOY, cascade_iterations=267, settings=NARROW | CASCADE["settings"]),
+    # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
+    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
+    "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, settings=NARROW_VGG),
 }
-
-# The smallest and the largest value of each number in a recipe; of the others, 0 and 1e9
-RANGES = dict.fromkeys(("drop_factor", "momentum", "weight_decay", "warmup_factor"), (0, 1))
-RANGES |= dict.fromkeys(("freeze_at", "freeze_at_pretrained"), (0, 5))
-RANGES |= dict.fromkeys(
-    ("iterations", "iterations_pretrained", "one_x", "batch_size", "images_per_gpu", "subset",
-     "min_sizes", "max_size", "test_size", "eval_every", "checkpoint_every", "log_every"), (1, 1e9),
-)
 # fmt: on
 
 
 def scale_to_batch(recipe, batch_size):
-    """The recipe for another batch size, by the linear scaling rule (Goyal et al., 2017; Choice 5).
+    """The recipe for another batch size, by the linear scaling rule (Goyal et al., 2017).
 
     A batch k times as large averages k times as many gradients: one of its steps at k times the
     rate goes about as far as k steps of the small batch, and 1/k of the steps see the same images.
@@ -291,7 +292,7 @@ def learning_rate(iteration, recipe):
 
 
 def make_optimizer(model, recipe):
-    """SGD with Detectron's three groups of parameters (Choice 2); "rate" multiplies the rate.
+    """SGD with Detectron's three groups of parameters; "rate" multiplies the rate.
 
     Weights decay. Gammas of norms do not: decay would pull a layer's output to 0 instead of
     regularizing the convolution before it, whose scale the norm removes. Biases and betas do not
@@ -301,7 +302,7 @@ def make_optimizer(model, recipe):
       weight   <- weight - rate * momentum
 
     The rate is not part of the momentum, so a drop needs no correction. In Caffe2 it is, which
-    Detectron's SCALE_MOMENTUM corrects (Choice 11).
+    Detectron's SCALE_MOMENTUM corrects.
     """
     norms = (nn.GroupNorm, nn.BatchNorm2d)  # norms.py's trained layers derive from these two
     of_norms = {m.weight for m in model.modules() if isinstance(m, norms)}
@@ -332,19 +333,14 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     ddp = wrap(model)
     iteration = checkpoint["iteration"] if checkpoint else 0
     last = min(recipe.iterations, args.iterations or recipe.iterations)
-    kept = milestones(recipe)
-    print_header(recipe, args, checkpoint, model, train_set, val_set, device)
-    loader = make_loader(recipe, args, train_set, iteration)
-    log = Log(recipe, args, checkpoint, last, device)
-    with contextlib.closing(loader), contextlib.closing(log.bar), Alarm() as alarm:
-        # Checkpoints are saved before they are evaluated. So a resumed run, whose log was cut
-        # there, evaluates its checkpoint first.
-        if evaluation_due(iteration, recipe, last):
-            evaluate_and_log(model, val_set, args, iteration, log)
-        while iteration < last and not alarm.stop:
+    loader = iter(make_loader(recipe, args, train_set, iteration))
+    log, stop = Log(args.out, iteration, last), False
+    if evaluation_due(iteration, recipe, last):  # a checkpoint is saved before it is evaluated
+        evaluate_and_log(model, val_set, args, iteration, log)
+    with log.bar, caught_signals() as signals:
+        while iteration < last and not stop:
             # Sec. 5.1: a cascade recipe trains three box heads in its last 270k iterations.
-            in_cascade = iteration >= recipe.iterations - recipe.cascade_iterations
-            if in_cascade and not model.config.cascade:
+            if iteration >= recipe.cascade_start and not model.config.cascade:
                 model, optimizer = grow_to_cascade(model, optimizer, recipe)
                 ddp = wrap(model)
 
@@ -358,32 +354,30 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
                 losses = ddp(images, targets)
             total = sum(losses.values())
-            alarm.read()  # about the previous step: this does not make a GPU wait
 
-            # 3) The gradients, averaged over the processes by DDP, and a step along them
+            # 3) The gradients, averaged over the processes by DDP, and their norm
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            if recipe.clip_gradient > 0:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
+            most = recipe.clip_gradient or math.inf
+            norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+
+            # 4) A step along them. NaN ends the run here, a signal after the checkpoint below.
+            stop = look(iteration, losses, norm, targets, signals)
             optimizer.step()
-            alarm.set(iteration, losses, targets)
             iteration += 1
 
-            # 4) A line of the log, a checkpoint, an evaluation
+            # 5) A line of the log, a checkpoint, an evaluation
             log.bar.update()
             if iteration % recipe.log_every == 0 or iteration == last:
-                alarm.read()  # about this step: the log waits for its losses in any case
-                log.step(iteration, rate, losses)
+                log.step(iteration, rate, losses, recipe.batch_size)
             evaluates = evaluation_due(iteration, recipe, last)
-            saves = evaluates or iteration % recipe.checkpoint_every == 0 or iteration in kept
-            if saves or alarm.stop:
-                alarm.read()  # about this step: its weights are to be saved and evaluated
-                save_checkpoint(model, optimizer, iteration, recipe, args, len(train_set), log)
-            if evaluates and not alarm.stop:
+            saves = evaluates or iteration % recipe.checkpoint_every == 0
+            if saves or stop or iteration in kept_iterations(recipe):
+                save_checkpoint(model, optimizer, iteration, recipe, args, train_set)
+            if evaluates and not stop:
                 evaluate_and_log(model, val_set, args, iteration, log)
-    if alarm.stop:
-        name = alarm.signals[0] if alarm.signals else "a signal to another process"
-        say(f"\nStopped by {name} after step {iteration:,}; --resume continues.")
+    if stop:
+        say(f"Stopped by a signal after step {iteration:,}; --resume continues.")
     else:
         show_results(model, val_set, args.out)
 
@@ -392,7 +386,31 @@ def evaluation_due(iteration, recipe, last):
     return iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last)
 
 
-# What the loop is made of, in its order
+def look(iteration, losses, norm, targets, signals):
+    """Whether a signal has come to any process; UserError if any has a loss that is not finite.
+
+    All processes look together, in one all-reduce: they end together. The weights are still those
+    of before the step. norm: of the gradients, which may overflow where the loss does not.
+    """
+    total = sum(losses.values()).detach()
+    is_bad = ~(total + norm).isfinite()
+    flags = torch.stack([is_bad, torch.full_like(is_bad, len(signals) > 0)]).int()
+    if dist.is_initialized():
+        dist.all_reduce(flags)
+    any_bad, any_signal = flags.tolist()
+    if any_bad:
+        values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+        here = f"{values} (images {', '.join(str(target['image_id']) for target in targets)})"
+        there = gather(None if total.isfinite() else here)
+        raise UserError(
+            f"The loss or gradient of step {iteration:,} is not finite: "
+            f"{next(filter(None, there), here)}; look at these images, or go on from the last "
+            "checkpoint by --resume with another --seed or a lower --learning-rate."
+        )
+    return any_signal > 0
+
+
+# What else the loop is made of, in its order
 
 
 def start_model(recipe, args, checkpoint, train_set, device):
@@ -401,17 +419,17 @@ def start_model(recipe, args, checkpoint, train_set, device):
     if checkpoint:
         model = detector.build_model(**checkpoint["config"])
         model.load_state_dict(checkpoint.pop("weights"))
-    elif args.init == "random":
-        model = make_model(recipe, len(train_set.classes))
     else:
-        config = detector.read_checkpoint(args.init)["config"]
-        stride = config.get("stride_in_1x1", False)  # pre-trained weights decide where it is
-        model = make_model(recipe, len(train_set.classes), stride_in_1x1=stride)
-        detector.load_weights(model, args.init, verbose=rank_and_size()[0] == 0)
-    sizes = {"min_size": recipe.test_size, "max_size": recipe.max_size}
-    classes = {"classes": train_set.classes, "category_ids": train_set.category_ids}
-    model.data_settings = sizes | classes
-    model.backbone.recompute = args.recompute
+        settings = {"masks": recipe.masks, "keypoints": recipe.keypoints} | recipe.settings
+        settings |= {"freeze_at": recipe.freeze_at, "num_classes": len(train_set.classes)}
+        if args.init != "random":  # pre-trained weights decide where the stride is
+            config = detector.read_checkpoint(args.init)["config"]
+            settings["stride_in_1x1"] = config["stride_in_1x1"]
+        model = detector.build_model(recipe.backbone, recipe.norm, **settings)
+        if args.init != "random":
+            say(detector.load_weights(model, args.init))
+    model.data_settings |= {"min_size": recipe.test_size, "max_size": recipe.max_size}
+    model.data_settings |= {"classes": train_set.classes, "category_ids": train_set.category_ids}
     place(model, recipe, device)
     optimizer = make_optimizer(model, recipe)
     if checkpoint:
@@ -419,30 +437,17 @@ def start_model(recipe, args, checkpoint, train_set, device):
     return model, optimizer
 
 
-def make_model(recipe, num_classes, **settings):
-    """The recipe's model with random weights. Raises UserError where its settings do not fit."""
-    named = {"masks": recipe.masks, "keypoints": recipe.keypoints, "freeze_at": recipe.freeze_at}
-    settings = named | recipe.model | settings
-    try:
-        return detector.build_model(recipe.backbone, recipe.norm, num_classes, **settings)
-    except ValueError as error:
-        raise UserError(f"The model cannot be built: {error}", code=2) from None
-
-
 def place(model, recipe, device):
-    """Put the model on its device, in training mode, in channels_last: faster convolutions."""
-    model.to(device, memory_format=torch.channels_last).train()
+    """Put the model on its device, in training mode; on a GPU in channels_last, which is faster."""
+    memory = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    model.to(device, memory_format=memory).train()
     if recipe.compile:
         compile_parts(model)
 
 
 def wrap(model):
     """The model in DDP where there are several processes."""
-    if not dist.is_initialized():
-        return model
-    # The newest torch renames broadcast_buffers, to a name that older ones do not know.
-    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
 def compile_parts(model):
@@ -454,7 +459,7 @@ def compile_parts(model):
 
 
 def make_loader(recipe, args, train_set, iteration):
-    """The batches of this process from `iteration` on, without end."""
+    """The batches of this process from `iteration` on, endlessly."""
     rank, world_size = rank_and_size()
     share = {"rank": rank, "world_size": world_size, "start_iteration": iteration}
     sampler = data.BatchSampler(train_set, recipe.images_per_gpu, args.seed, **share)
@@ -472,82 +477,39 @@ def to_device(images, targets, device):
     return images, targets
 
 
-class Alarm:
-    """What all processes must agree on after a step: has its loss exploded, has a signal come?
+@contextlib.contextmanager
+def caught_signals():
+    """A list of the SIGTERM and Ctrl-C that come inside of the `with`; a second one is as usual."""
+    signals = []
 
-    The answer is read one step late, when it has long arrived: to wait for it at once would leave a
-    GPU idle. So a bad step does change the weights, but these are never saved or evaluated. Inside
-    of `with Alarm()`, SIGTERM, SIGINT (Ctrl-C) and SIGHUP no longer end the process by themselves.
-    """
+    def receive(number, _):
+        signals.append(number)
+        signal.signal(number, before[number])
 
-    MOST = 1000.0  # no healthy loss comes near this; beyond it, the next one is often NaN
-
-    def __init__(self):
-        self.signals = []  # that this process has received
-        self.stop = False  # the run ends here: some process has received a signal
-        self.flags = None
-
-    def __enter__(self):
-        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
-        handlers = {number: signal.getsignal(number) for number in numbers if number}
-        # What is ignored stays ignored: SIGHUP under nohup.
-        self.handlers = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
-        for number in self.handlers:
-            signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
+    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def receive(self, number, _):
-        self.signals.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts
-
-    def set(self, iteration, losses, targets):
-        """Ask about the step `iteration`, which had these losses (a dict) on these targets."""
-        total = sum(losses.values()).detach()
-        exploded = 1 - (total <= self.MOST).float()  # also where it is NaN
-        flags = torch.stack([exploded, torch.full_like(total, bool(self.signals))])
-        if dist.is_initialized():
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        # Copied to pinned memory; the event lets read() wait for this copy alone.
-        self.flags = flags.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.current_stream().record_event() if flags.is_cuda else None
-        image_ids = [target.get("image_id") for target in targets]
-        self.step = iteration, {k: v.detach() for k, v in losses.items()}, image_ids
-
-    def read(self):
-        """Update `stop`. Raises UserError if the loss of any process has exploded."""
-        if self.flags is None:
-            return
-        if self.arrived:
-            self.arrived.synchronize()
-        exploded, stop = map(bool, self.flags.tolist())
-        if exploded:
-            iteration, losses, image_ids = self.step
-            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            raise UserError(
-                f"The loss of step {iteration} is not finite or above {self.MOST:g} (here: {values}"
-                f"; images {', '.join(map(str, image_ids))}); checkpoints are from before: look at "
-                "these images, or lower the learning rate."
-            )
-        self.stop = self.stop or stop
 
 
 class Log:
     """OUT/log.jsonl, a JSON object a line, and the progress bar; the first process writes."""
 
-    def __init__(self, recipe, args, checkpoint, last, device):
-        """Cut the log to its length at the checkpoint: what was logged later comes again."""
-        self.path, self.recipe, self.device = Path(args.out) / "log.jsonl", recipe, device
-        self.start = checkpoint["iteration"] if checkpoint else 0
-        first = rank_and_size()[0] == 0
-        if first and self.path.exists():
-            length = checkpoint["log_bytes"] if checkpoint else 0
-            os.truncate(self.path, min(length, self.path.stat().st_size))
-        self.bar = tqdm(total=last, initial=self.start, disable=not first, dynamic_ncols=True)
-        self.clock = self.start, time.perf_counter()
+    def __init__(self, out, start, last):
+        """Cut the log to `start`: what was logged later comes again."""
+        self.path, self.clock = Path(out) / "log.jsonl", (start, time.perf_counter())
+        is_first = rank_and_size()[0] == 0
+        if is_first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines(True) if self.path.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("\n")]  # not a half one
+            # (A step comes before the checkpoint of its iteration, an evaluation after it.)
+            kept = [r for r in records if r["iteration"] < start + ("loss" in r)]
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            detector.write_whole(self.path, text.encode())
+        self.bar = tqdm(total=last, initial=start, disable=not is_first, dynamic_ncols=True)
 
     def write(self, record):
         if rank_and_size()[0] == 0:
@@ -555,31 +517,21 @@ class Log:
                 file.write(json.dumps(record) + "\n")
         self.clock = record["iteration"], time.perf_counter()
 
-    def step(self, iteration, rate, losses):
+    def step(self, iteration, rate, losses, batch_size):
         """A record of a training step. Its losses are means over the processes."""
         values = torch.stack([sum(losses.values()), *losses.values()]).detach()
         if dist.is_initialized():
             dist.all_reduce(values)
             values /= dist.get_world_size()
         values = {k: round(v, 6) for k, v in zip(["loss", *losses], values.tolist())}
-        (before, then), now = self.clock, time.perf_counter()
-        speed = (iteration - before) * self.recipe.batch_size / (now - then)
+        before, then = self.clock
+        speed = (iteration - before) * batch_size / (time.perf_counter() - then)
         record = {"iteration": iteration, "lr": rate} | values
         record["images_per_second"] = round(speed, 3)
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             record["peak_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
         self.write(record)
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.1f} images/s")
-        # The first steps were slower, while everything warmed up.
-        if before < self.start + max(10, 2 * self.recipe.log_every) <= iteration:
-            seconds = (self.bar.total - iteration) * self.recipe.batch_size / speed
-            say(f"Time      {tqdm.format_interval(seconds)} to go, evaluations not counted")
-
-    def sync(self):
-        """Put the log onto the disk; returns its length, which a checkpoint remembers."""
-        with open(self.path, "ab") as file:
-            os.fsync(file.fileno())
-            return file.tell()
 
 
 def evaluate_and_log(model, val_set, args, iteration, log):
@@ -589,28 +541,17 @@ def evaluate_and_log(model, val_set, args, iteration, log):
 
 
 def show_results(model, val_set, out):
-    """The end of a run: pictures and curves, and what to look at next."""
+    """The end of a run: pictures, and what to look at next."""
     if rank_and_size()[0] > 0:
         return
+    names = [val_set.record(i)["file_name"] for i in range(min(8, len(val_set)))]
+    paths = [os.path.join(val_set.image_dir, name) for name in names]
+    list(evaluate.predict_files(model, paths, f"{out}/pictures"))
     weights = checkpoints_in(out)[-1]
-    print(f"\nWeights:  {weights}\nLog:      {out}/log.jsonl")
-    try:  # a picture that cannot be drawn must not cost anything else
-        evaluate.save_pictures(model, val_set, f"{out}/pictures", count=8)
-        print(f"Pictures: {out}/pictures")
-        from tools.plot import plot
-
-        plot([out], f"{out}/curves.png")
-        print(f"Curves:   {out}/curves.png")
-    except Exception as error:
-        print(f"Not drawn: {data.first_line(error)}")
-    image = os.path.join(val_set.image_dir, val_set.record(0)["file_name"])
-    inside = f"--weights {weights} --image {image} --out {out}/inside"
+    inside = f"--weights {weights} --image {paths[0]} --out {out}/inside"
+    print(f"Weights:  {weights}\nLog:      {out}/log.jsonl\nPictures: {out}/pictures")
+    print(f"Curves:   python tools/plot.py {out} --out {out}/curves.png")
     print(f"Inside:   python tools/look_inside.py {inside}")
-
-
-def rank_and_size():
-    """The number of this process and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def say(text):
@@ -627,7 +568,7 @@ def grow_to_cascade(model, optimizer, recipe):
 
     Stages 2 and 3 start as copies of stage 1. Stage s divides its deltas by s * (10, 10, 5, 5)
     (model.py, `box_weights`), so the regressor copied to it is multiplied by s: it then predicts
-    the same boxes as stage 1 (Choice 13). Parameters that there were before keep their momentum.
+    the same boxes as stage 1. Parameters that there were before keep their momentum.
     """
     grown = detector.build_model(**dataclasses.asdict(model.config) | {"cascade": True})
     state = model.state_dict()
@@ -638,25 +579,43 @@ def grow_to_cascade(model, optimizer, recipe):
                 state[name.replace("box_heads.0", f"box_heads.{stage - 1}")] = tensor * factor
     grown.load_state_dict(state)
     grown.data_settings = model.data_settings
-    grown.backbone.recompute = model.backbone.recompute
     place(grown, recipe, model.image_mean.device)
     grown_optimizer = make_optimizer(grown, recipe)
     set_momentum(grown, grown_optimizer, momentum_of(model, optimizer))
     return grown, grown_optimizer
 
 
-# -- Checkpoints: save, resume, branch off a trunk -------------------------------------------------
+# -- Checkpoints: save, resume, branch off another run ---------------------------------------------
 
-# Exact resume needs four things, and nothing else:
+# Exact resume needs three things, and nothing else:
 #
 #               saved by                        restored by
 #   weights     save_checkpoint                 start_model
 #   momentum    save_checkpoint, momentum_of    start_model, set_momentum
-#   iteration   save_checkpoint                 train: rate, cascade, the loader's first batch
-#   log_bytes   save_checkpoint, Log.sync       Log.__init__, which cuts the log to this length
+#   iteration   save_checkpoint                 train: rate, cascade, log, the loader's first batch
 #
 # Which images make a batch, their flips, and the sampling of anchors and RoIs are functions of
-# (seed, iteration, position in the batch): data.py, above `hash_of`.
+# (seed, iteration, position in the batch): data.py, "The route of the seed".
+
+
+def identity(recipe, args, train_set):
+    """What makes a run this run: a checkpoint says it, and all processes must agree on it."""
+    facts = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed}
+    for name in ("compile", "eval_every", "paper"):  # these change no weight
+        del facts[name]
+    images = hashlib.sha1(repr(train_set.image_ids).encode()).hexdigest()[:8]
+    return facts | {"init": Path(args.init).name, "classes": train_set.classes, "images": images}
+
+
+# A run may go on with other values of these; its header says so. (With another images_per_gpu in a
+# batch of the same size, other images are together on a GPU.)
+MAY_CHANGE = ("seed", "learning_rate", "images_per_gpu")
+
+
+def differences(theirs, ours):
+    """{name: text} of what differs between the identities of two runs."""
+    names = [name for name in ours if theirs.get(name) != ours[name]]
+    return {n: f"{n} ({theirs.get(n)!r:.60} there, {ours[n]!r:.60} here)" for n in names}
 
 
 def momentum_of(model, optimizer):
@@ -678,131 +637,84 @@ def set_momentum(model, optimizer, momentum):
                 buffer.copy_(momentum[name])
 
 
-def checkpoint_path(out, iteration):
-    return Path(out) / f"checkpoint_{iteration:07d}.pth"
-
-
 def iteration_of(path):
     return int(path.stem.removeprefix("checkpoint_"))
 
 
 def checkpoints_in(out):
-    """Paths of the complete checkpoints of a run, oldest first."""
-    paths = Path(out).glob("checkpoint_*.pth")
-    numbered = [path for path in paths if path.stem.removeprefix("checkpoint_").isdecimal()]
-    return sorted(numbered, key=iteration_of)
+    """Paths of the checkpoints of a run, oldest first."""
+    return sorted(Path(out).glob("checkpoint_*.pth"), key=iteration_of)
 
 
-def milestones(recipe):
-    """Iterations whose checkpoints are kept for good.
+def kept_iterations(recipe):
+    """Iterations whose checkpoints are kept for good: where the schedule changes, or others leave.
 
-    Where the rate drops, where shorter schedules leave this one (they share it until their own
-    first drop), and where a cascade begins (without one: the end).
+    All schedules of a recipe share one trunk, which each leaves at its own first change.
     """
     count = math.ceil(recipe.iterations / recipe.one_x)
     shorter = (replace(recipe, iterations=round(n * recipe.one_x)) for n in range(1, count))
-    branches = {schedule.drops[0] for schedule in shorter}
-    return {*recipe.drops, *branches, recipe.iterations - recipe.cascade_iterations}
+    leaves = {schedule.first_change for schedule in shorter}
+    return {*recipe.drops, *leaves, recipe.cascade_start}
 
 
-def save_checkpoint(model, optimizer, iteration, recipe, args, num_images, log):
-    """Write a checkpoint; keep only the last two and the milestones. All processes call this."""
-    rank, world_size = rank_and_size()
-    if recipe.norm == "bn" and world_size > 1:
-        # BN's running statistics are each process's own: the first one's are evaluated and kept.
-        for buffer in model.buffers():
+def save_checkpoint(model, optimizer, iteration, recipe, args, train_set):
+    """Write a checkpoint; keep the last two and `kept_iterations`. All processes call this."""
+    if dist.is_initialized():
+        for buffer in model.buffers():  # of "bn", whose statistics are each process's own
             dist.broadcast(buffer, 0)
-    if rank > 0:
+    if rank_and_size()[0] > 0:
         return
-    detector.save_model(
-        model,
-        checkpoint_path(args.out, iteration),
-        momentum=momentum_of(model, optimizer),
-        recipe=dataclasses.asdict(recipe) | {"name": args.recipe},
-        init=args.init,
-        seed=args.seed,
-        iteration=iteration,
-        world_size=world_size,
-        num_images=num_images,
-        log_bytes=log.sync(),  # before the checkpoint says that these records need not come again
-    )
+    run, momentum = identity(recipe, args, train_set), momentum_of(model, optimizer)
+    path = Path(args.out) / f"checkpoint_{iteration:07d}.pth"
+    detector.save_model(model, path, momentum=momentum, iteration=iteration, run=run)
     for path in checkpoints_in(args.out)[:-2]:
-        if iteration_of(path) not in milestones(recipe):
+        if iteration_of(path) not in kept_iterations(recipe):
             path.unlink()
 
 
-def read_checkpoint(path, recipe, args, train_set, may_differ=()):
-    """A checkpoint to continue from. Raises UserError if it is one of another run."""
-    checkpoint = detector.read_checkpoint(path)
-    if "momentum" not in checkpoint:
-        raise UserError(f"{path} has no momentum, so it cannot be resumed; use --init.")
-    batch, (_, world_size) = checkpoint["recipe"]["batch_size"], rank_and_size()
-    if batch != recipe.batch_size:
-        keep = f"give --images-per-gpu {batch // world_size}"
-        if batch % world_size:
-            keep = f"use a number of processes that divides {batch}"
-        raise UserError(f"{path} is of a run with {batch} images a batch; {keep}.", code=2)
-    theirs = checkpoint["recipe"] | checkpoint["data"]
-    theirs |= {"seed": checkpoint["seed"], "init": Path(checkpoint["init"]).name}
-    ours = dataclasses.asdict(recipe) | {"name": args.recipe, "classes": train_set.classes}
-    ours |= {"seed": args.seed, "init": Path(args.init).name}
-    # These may differ. (images_per_gpu changes which images share a batch; the header says so.)
-    may_differ = {"images_per_gpu", "compile", "eval_every", "paper", *may_differ}
-    differ = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
-    if differ:
-        values = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differ)
-        raise UserError(f"{path} is of another run, which differs in {values}.", code=2)
-    if (args.iterations or recipe.iterations) < checkpoint["iteration"]:
-        raise UserError(f"--iterations {args.iterations:,} is before {path}.", code=2)
-    return checkpoint | {"path": path}
-
-
 def find_checkpoint(recipe, args, train_set):
-    """What the run continues from: its own last checkpoint, a trunk's, or nothing (None)."""
-    out = Path(args.out)
-    found = checkpoints_in(out)
-    begun = [*found[-1:], *out.glob("log.jsonl")]
-    # torchrun --max-restarts starts a failed run again with the same arguments.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if begun and not (args.resume or restarted):
-        there = f"{out} has a run already ({begun[0].name})"
-        raise UserError(f"{there}; give --resume to continue it, or another --out.", code=2)
-    for stale in out.glob(".*.tmp"):  # of a run that was killed while it wrote
-        stale.unlink(missing_ok=True)
-    if not found:
-        return read_trunk(recipe, args, train_set) if args.trunk else None
-    try:
-        return read_checkpoint(found[-1], recipe, args, train_set)
-    except detector.WeightsError as error:
-        if len(found) == 1:
-            raise
-        say(f"{error} The one before it is used: {found[-2].name}.")
-    checkpoint = read_checkpoint(found[-2], recipe, args, train_set)
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
-        found[-1].rename(found[-1].with_suffix(".broken"))
-    return checkpoint
+    """What the run continues from: its own last checkpoint, another run's, or nothing (None)."""
+    found = checkpoints_in(args.out)
+    if found and not args.resume:
+        there = f"{args.out} has a run already ({found[-1].name})"
+        raise UserError(f"{there}; give --resume to continue it, or another --out.")
+    if found:
+        return read_run(found[-1], identity(recipe, args, train_set))
+    return read_trunk(recipe, args, train_set) if args.trunk else None
+
+
+def read_run(path, ours):
+    """A checkpoint to continue from; ours: the `identity` of this run. UserError if they differ."""
+    checkpoint = detector.read_checkpoint(path)
+    theirs = checkpoint.get("run", {})
+    differ = differences(theirs, ours)
+    for cause in ("recipe", "init"):  # from which other differences follow
+        differ = {cause: differ[cause]} if cause in differ else differ
+    if "batch_size" in differ:
+        advice = "choose --images-per-gpu and the number of processes so that it stays the same"
+        raise UserError(f"{path} is of a run of another {differ['batch_size']}; {advice}.")
+    if "iterations" in differ:
+        advice = f"branch off it with --from {path.parent} and a new --out"
+        raise UserError(f"{path} is of a run of other {differ['iterations']}; {advice}.")
+    changes = [differ.pop(name) for name in MAY_CHANGE if name in differ]
+    if differ:
+        raise UserError(f"{path} is of another run: {', '.join(differ.values())}.")
+    return checkpoint | {"path": path, "changes": changes}
 
 
 def read_trunk(recipe, args, train_set):
-    """The last checkpoint that this schedule shares with the longer run in the folder --from.
+    """The last checkpoint that this schedule shares with the run in the folder --from.
 
-    All schedules of a recipe are the same run until their own first drop: nothing before it depends
-    on the total. Raises UserError where that is not so.
+    That run may be longer or shorter than this one, finished or not: the two are the same until
+    either of them changes, for nothing before that depends on the total.
     """
-    if recipe.cascade_iterations:
-        # A shorter cascade run switches earlier, and shares nothing with its trunk from there on.
-        raise UserError(f"--from: the cascade {args.recipe} cannot branch off a trunk.", code=2)
-    shared = [path for path in checkpoints_in(args.trunk) if iteration_of(path) <= recipe.drops[0]]
+    found = checkpoints_in(args.trunk)
+    total = detector.read_checkpoint(found[-1]).get("run", {}).get("iterations", 0) if found else 0
+    parting = min(recipe.first_change, replace(recipe, iterations=total).first_change)
+    shared = [path for path in found if iteration_of(path) <= parting]
     if not shared:
-        drop = f"the first drop of this schedule, {recipe.drops[0]:,}"
-        raise UserError(f"--from {args.trunk}: it has no checkpoint before {drop}.", code=2)
-    checkpoint = read_checkpoint(shared[-1], recipe, args, train_set, may_differ=("iterations",))
-    if checkpoint["iteration"] == args.iterations:
-        raise UserError(f"--iterations {args.iterations:,} is where {shared[-1]} is.", code=2)
-    theirs = replace(recipe, iterations=checkpoint["recipe"]["iterations"])
-    if checkpoint["iteration"] > theirs.drops[0]:
-        raise UserError(f"--from {args.trunk} is the shorter run; branch off a longer one.", code=2)
-    return checkpoint | {"log_bytes": 0}  # the branch has a log of its own
+        raise UserError(f"--from {args.trunk}: it has no checkpoint that both schedules share.")
+    return read_run(shared[-1], identity(recipe, args, train_set) | {"iterations": total})
 
 
 # -- Command line ----------------------------------------------------------------------------------
@@ -816,39 +728,31 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("--recipe", default="toy", metavar="R", choices=list(RECIPES), help="see --list (toy)")
     add("--schedule", metavar="Nx", choices=list(SCHEDULES), help="length: N times the recipe's 1x")
-    add("--data", metavar="DIR", help="in COCO's layout, or VOC's devkit (toys: generated)")
+    add("--data", metavar="DIR", help="a folder in COCO's layout (toys: generated)")
     add("--train-split", default="train2017", metavar="NAME", help="(train2017)")
     add("--val-split", default="val2017", metavar="NAME", help="(val2017)")
     add("--out", metavar="DIR", help="for checkpoints, log and pictures (runs/RECIPE)")
     add("--init", default="random", metavar="random|PATH", help="weights to start from (random)")
     add("--no-masks", action="store_true", help="train boxes only")
     add("--norm", choices=["gn", "syncbn", "bn", "frozen_bn"], help="instead of the recipe's")
-    add("--freeze-at", type=int, metavar="N", help="freeze the first N of stem, res2, res3, ...")
+    add("--freeze-at", type=int, choices=range(6), help="freeze so many of stem, res2, res3, ...")
     add("--amp", action="store_true", help="convolutions in bfloat16: faster, not the paper's")
     add("--compile", action="store_true", help="torch.compile, for CUDA; minutes to start")
-    add("--recompute", action="store_true", help="recompute stem and res2 in backward: less memory")
     add("--subset", type=int, metavar="N", help="train on N images, the same on every machine")
     add("--images-per-gpu", type=int, metavar="N", help="rate and schedule scale with the batch")
+    add("--learning-rate", type=float, metavar="R", help="of the recipe's batch, instead of its")
     add("--iterations", type=int, metavar="N", help="stop after N; never changes the schedule")
     add("--eval-every", type=int, metavar="N", help="iterations between evaluations")
-    add("--workers", type=int, metavar="N", help="loader processes per GPU (CPU: 2)")
+    add("--workers", type=int, default=2, metavar="N", help="loader processes per GPU (2)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the whole run (0)")
     add("--device", metavar="D", help="cuda or cpu (cuda if there is one)")
-    add("--from", dest="trunk", metavar="DIR", help="branch off a longer run of the same recipe at "
-        "its last checkpoint before this schedule's first drop")
-    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    add("--from", dest="trunk", metavar="DIR", help="branch off a longer or shorter run of the "
+        "same recipe, at the last checkpoint that both schedules share")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one; with "
+        "another --seed or --learning-rate, if given")
     add("--list", action="store_true", help="show the recipes with the paper's AP, and exit")
-    add("--dry-run", nargs="?", type=int, const=0, metavar="STEPS",
-        help="show the plan, and exit; with STEPS and --data, time so many steps")
     # fmt: on
     args = parser.parse_args(arguments)
-    smallest = {"seed": 0, "workers": 0, "dry_run": 0, "iterations": 1, "eval_every": 1}
-    for name, value in vars(args).items():
-        option = "--" + name.replace("_", "-").replace("trunk", "from")
-        if isinstance(value, str) and not value.strip():
-            parser.error(f"{option} must not be empty")
-        if name in smallest and value is not None and not smallest[name] <= value < 2**63:
-            parser.error(f"{option} must be {smallest[name]} or more, not {value}")
     args.out = args.out or f"runs/{args.recipe}"
     return args
 
@@ -862,7 +766,7 @@ def make_recipe(args):
         changes["freeze_at"] = recipe.freeze_at_pretrained
     if args.schedule:
         changes["iterations"] = int(args.schedule[:-1]) * recipe.one_x
-    for name in ("norm", "freeze_at", "subset", "images_per_gpu"):
+    for name in ("norm", "freeze_at", "subset", "images_per_gpu", "learning_rate"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     for name in ("amp", "compile"):
@@ -870,40 +774,26 @@ def make_recipe(args):
     return replace(recipe, **changes, masks=recipe.masks and not args.no_masks)
 
 
-def problems(recipe, args):
-    """Yield, in a sentence each, what cannot work."""
-    kinds = {int: int, int | None: int, float: (int, float), tuple: (int, float)}
-    for field in dataclasses.fields(recipe):
-        name, value = field.name, getattr(recipe, field.name)
-        if field.type not in kinds or (name, value) == ("subset", None):
-            continue
-        low, high = RANGES.get(name, (0, 1e9))
-        is_tuple = field.type is tuple
-        numbers = value if isinstance(value, tuple) else (value,)
-        valid = isinstance(value, tuple) == is_tuple and len(numbers) > 0
-        valid &= all(isinstance(n, kinds[field.type]) and low <= n <= high for n in numbers)
-        if not valid:
-            needed = "a tuple of numbers" if is_tuple else "a number"
-            yield f"{name} is {value!r}; it must be {needed} from {low} to {high:g}"
-    if args.init == "random" and recipe.norm == "frozen_bn":
-        yield "Frozen BN has no statistics without a pre-trained model (Sec. 3.1); use --norm gn"
-    if args.init == "random" and recipe.freeze_at > 0:
-        # It cost Detectron 3.3 AP.
-        yield f"freeze_at {recipe.freeze_at} would freeze random layers; use --freeze-at 0"
-    if recipe.drops[0] < recipe.warmup_iterations:
-        yield f"the rate would drop at {recipe.drops[0]:,}, before the warm-up ends; train longer"
-    if recipe.iterations < recipe.cascade_iterations:
-        yield f"the cascade takes {recipe.cascade_iterations:,} iterations; train longer"
-    if recipe.norm == "syncbn" and recipe.compile and rank_and_size()[1] > 1:
-        yield "SyncBN over several processes cannot be compiled; leave --compile out"
-    if recipe.norm in ("syncbn", "bn") and args.recompute:
-        yield "--recompute would take the statistics of BN twice; use it with --norm gn"
-
-
 def check(recipe, args):
-    """Refuse what cannot work, before anything is run. Raises UserError."""
-    for problem in problems(recipe, args):
-        raise UserError(f"{args.recipe}: {problem}.", code=2)
+    """Raise UserError for what cannot work, or would cost AP without a word."""
+
+    def refuse(condition, problem):
+        if condition:
+            raise UserError(f"{args.recipe}: {problem}.")
+
+    if args.init == "random":
+        problem = (
+            "frozen BN has no statistics without a pre-trained model (Sec. 3.1); use --norm gn"
+        )
+        refuse(recipe.norm == "frozen_bn", problem)
+        problem = "frozen random layers cost Detectron 3.3 AP; use --freeze-at 0"
+        refuse(recipe.freeze_at > 0, problem)
+    problem = f"the rate would drop at {recipe.drops[0]:,}, before the warm-up ends; train longer"
+    refuse(recipe.drops[0] < recipe.warmup_iterations, problem)
+    refuse(recipe.cascade_start < 0, "the cascade takes longer than the run; train longer")
+    if recipe.amp and torch.cuda.is_available():
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        refuse(not has_bfloat16, "this GPU has no bfloat16; leave --amp out")
 
 
 def make_datasets(recipe, args):
@@ -911,7 +801,7 @@ def make_datasets(recipe, args):
     root = args.data
     if root is None:
         if not args.recipe.startswith("toy"):
-            raise UserError(f"The recipe {args.recipe} needs --data DIR.", code=2)
+            raise UserError(f"The recipe {args.recipe} needs --data DIR.")
         from tools.toy_coco import make_toy_coco
 
         root = "toy_coco"
@@ -924,118 +814,75 @@ def make_datasets(recipe, args):
     train_set = data.open_split(root, args.train_split, training=True, **kind, **chosen)
     val_set = data.open_split(root, args.val_split, **kind)
     data.check_classes(val_set, train_set.classes, train_set.annotation_file)
-    iterations = min(recipe.iterations, args.iterations or recipe.iterations)
-    epochs = round(iterations * recipe.batch_size / len(train_set))
-    if epochs > 3000:  # the most of a recipe for COCO are r50-gn-1k's 640
-        what = f"{epochs:,} epochs of {len(train_set):,} images are more than 3,000"
-        advice = "give --schedule, or a recipe for few images (small; finetune with --init FILE)"
-        raise UserError(f"{what}; {advice}.", code=2)
     return train_set, val_set
 
 
 def describe(recipe, args, world_size, num_images):
     """The plan of a run as text: iterations, epochs, where the rate drops, the batch."""
+    total, batch = recipe.iterations, recipe.batch_size
+    epochs, ratio = total * batch / num_images, batch / RECIPES[args.recipe].batch_size
     rates = [f"{learning_rate(drop, recipe):.3g} from {drop:,}" for drop in recipe.drops]
+    rates.append(f"linear warm-up over {recipe.warmup_iterations:,}")
+    per_gpu = f"{world_size} process(es) x {recipe.images_per_gpu} images"
     lines = [
-        f"Schedule  {recipe.iterations:,} iterations of {recipe.batch_size} images",
-        f"Rate      {recipe.learning_rate:.3g}, {', '.join(rates)}; "
-        f"linear warm-up over {recipe.warmup_iterations:,}",
-        f"Batch     {world_size} process(es) x {recipe.images_per_gpu} images",
+        f"Schedule  {total:,} iterations of {batch} images: {epochs:.1f} epochs of {num_images:,}",
+        f"Rate      {recipe.learning_rate:.3g}, {', '.join(rates)}",
+        f"Batch     {per_gpu}, {ratio:g} of the recipe's: rate x {ratio:g}, iterations / {ratio:g}",
     ]
-    if num_images:
-        epochs = recipe.iterations * recipe.batch_size / num_images
-        lines[0] += f": {epochs:.1f} epochs of {num_images:,} images"
-    ratio = recipe.batch_size / RECIPES[args.recipe].batch_size
-    if ratio != 1:
-        lines[2] += f", {ratio:g} of the recipe's: rate x {ratio:g}, iterations x {1 / ratio:g}"
     if recipe.cascade_iterations:
-        lines.append(f"Cascade   from {recipe.iterations - recipe.cascade_iterations:,}")
+        lines.append(f"Cascade   from {recipe.cascade_start:,}")
     return "\n".join(lines)
 
 
-def print_header(recipe, args, checkpoint, model, train_set, val_set, device):
+def print_header(recipe, args, checkpoint, train_set, val_set, device):
     """What is going to happen, in a few lines."""
-    rank, world_size = rank_and_size()
-    if rank > 0:
-        return
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    start = "random weights" if args.init == "random" else args.init
-    mean, std = model.config.image_mean, model.config.image_std  # of images in [0, 1]
-    mean, std = (", ".join(f"{255 * value:.2f}" for value in values) for values in (mean, std))
-    print(
-        f"{args.recipe}: {recipe.backbone} {recipe.norm}, {parameters:.1f} M parameters, from "
-        f"{start}, {recipe.freeze_at} stages frozen\n"
-        f"{describe(recipe, args, world_size, len(train_set))}\n"
-        f"Data      {train_set.annotation_file}: {len(train_set):,} training images "
-        f"({train_set.num_dropped:,} without a usable object left out), "
-        f"{len(train_set.classes)} classes, {len(val_set):,} validation images\n"
-        f"Images    minus {mean}, divided by {std} (RGB, 0 to 255)\n"
-        f"Device    {device}, torch {torch.__version__}, seed {args.seed}, {args.workers} loading "
-        f"processes; everything goes to {args.out}"
+    say(
+        f"{args.recipe}: {recipe.backbone} {recipe.norm} from {args.init} weights, "
+        f"{recipe.freeze_at} stages frozen, seed {args.seed}, on {device}, torch "
+        f"{torch.__version__}\n"
+        f"{describe(recipe, args, rank_and_size()[1], len(train_set))}\n"
+        f"Data      {len(train_set.classes)} classes, {len(train_set):,} training images "
+        f"({train_set.num_dropped:,} more have no usable object), {len(val_set):,} for validation\n"
+        f"Output    {args.out}"
     )
-    if args.iterations and args.iterations < recipe.iterations:
-        print(f"Stops     after {args.iterations:,} iterations")
     if checkpoint:
-        print(f"Resumes   {checkpoint['path']}, after iteration {checkpoint['iteration']:,}")
-        then = checkpoint["world_size"], checkpoint["num_images"]
-        if then != (world_size, len(train_set)):
-            text = f"written by {then[0]} process(es) with {then[1]:,} images: from here on, other"
-            print(f"          {text} images share a batch than in an undisturbed run")
+        changes = ", ".join(checkpoint["changes"]) or "nothing"
+        at = f"after iteration {checkpoint['iteration']:,}"
+        say(f"Resumes   {checkpoint['path']}, {at}; changed from here on: {changes}")
+    if args.workers and os.path.isdir("/dev/shm"):
+        size = shutil.disk_usage("/dev/shm").total
+        if size < 1e9:
+            lack = f"/dev/shm has {size / 1e6:.0f} MB, and loading processes may need 1 GB"
+            say(f"Memory    {lack}: use docker run --shm-size=8g, or --workers 0")
 
 
-def compare_processes(**facts):
-    """Refuse, on every process, facts that must be the same on all of them and are not."""
-    everywhere = [facts]
-    if dist.is_initialized():
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, facts)
-    for name in facts:
-        values = [theirs[name] for theirs in everywhere]
-        if any(value != values[0] for value in values):
-            seen = f"{name} ({', '.join(map(str, values))})"
-            raise UserError(f"The processes differ in {seen}; start all of them alike.", code=2)
-
-
-def run(arguments):
+def main(arguments=None):
     """The command line. Raises UserError, model.WeightsError and OSError."""
     args = parse_arguments(arguments)
     if args.list:
         for name, recipe in RECIPES.items():
             print(f"{name:24} {recipe.iterations:>9,} iterations   {recipe.paper}")
         return
+    _, world_size, device = evaluate.start_processes(args.device)
     recipe = make_recipe(args)
-    check(recipe, args)
-    if args.dry_run is not None:
-        from tools.plan import show_plan
-
-        return show_plan(recipe, args)
-
-    rank, world_size, device = evaluate.start_processes(args.device)
-    if args.workers is None:  # a GPU gets its share of the cores; on a CPU, these train
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = 2 if device.type == "cpu" else min(max(share, 2), 16)
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     recipe = replace(recipe, eval_every=args.eval_every or recipe.eval_every)
-    check(recipe, args)  # again, with the numbers of this batch
+    check(recipe, args)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in fc layers, too
     train_set, val_set = make_datasets(recipe, args)
-    with evaluate.lock_folder(args.out) if rank == 0 else contextlib.nullcontext():
-        checkpoint = find_checkpoint(recipe, args, train_set)
-        compare_processes(
-            **dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed},
-            init=Path(args.init).name,
-            stop=args.iterations,
-            classes=train_set.classes,
-            images=hash(tuple(train_set.image_ids)),
-            checkpoint=checkpoint["iteration"] if checkpoint else 0,
-        )
-        train(recipe, args, checkpoint, train_set, val_set, device)
-
-
-def main(arguments=None):
-    return evaluate.run_command("train.py", run, arguments)
+    checkpoint = find_checkpoint(recipe, args, train_set)
+    start = checkpoint["iteration"] if checkpoint else 0
+    everywhere = gather(identity(recipe, args, train_set) | {"starts after": start})
+    for theirs in everywhere:
+        differ = differences(theirs, everywhere[0])
+        if differ:
+            raise UserError(
+                f"The processes differ in {', '.join(differ.values())}; start all alike."
+            )
+    print_header(recipe, args, checkpoint, train_set, val_set, device)
+    train(recipe, args, checkpoint, train_set, val_set, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(evaluate.run_command("train.py", main))

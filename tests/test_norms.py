@@ -1,7 +1,6 @@
 """norms.py against torch's own layers and float64, in one process and in two (gloo)."""
 
-import math
-import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from norms import FrozenBatchNorm, GroupNorm, SyncBatchNorm, make_norm
+from norms import BatchNorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm, make_norm
 
 CHANNELS = 5
 # Process r's share of the joined batch: images of different number and size.
@@ -18,24 +17,17 @@ SHAPES["empty"] = [(3, CHANNELS, 4, 4), (0, CHANNELS, 14, 14)]  # a mask head wi
 MOMENTUM = 0.3
 
 
-def run_processes(worker, folder, *args, world_size=2, limit=90):
-    """worker(rank, folder, *args) in processes joined by gloo; fails, never hangs."""
-    arguments = (worker, world_size, folder, args)
+def run_processes(worker, folder, *args):
+    """worker(rank, folder, *args) in two processes joined by gloo; fails, never hangs."""
     # forked: a spawned process would import torch again, for seconds
-    context = mp.start_processes(_start, arguments, world_size, join=False, start_method="fork")
-    end = time.monotonic() + limit
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"the processes wait for one another after {limit} s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    mp.start_processes(start, (worker, folder, args), 2, start_method="fork")
 
 
-def _start(rank, worker, world_size, folder, args):
+def start(rank, worker, folder, args):
     torch.set_num_threads(1)
+    limit = timedelta(seconds=60)  # one that waits longer for the other raises
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", store, timeout=limit, rank=rank, world_size=2)
     worker(rank, folder, *args)
     dist.destroy_process_group()
 
@@ -74,7 +66,6 @@ def run(norm, x, grad):
 
 def test_group_norm_has_the_papers_setting_and_says_what_does_not_divide():
     norm = GroupNorm(64)
-    assert (norm.num_groups, norm.eps) == (32, 1e-5)
     x = 1e-2 * torch.randn(2, 64, 5, 3, dtype=torch.float64)  # variance 1e-4: eps matters
     groups = x.view(2, 32, 2 * 15)
     var, mean = torch.var_mean(groups, dim=2, keepdim=True, unbiased=False)
@@ -88,12 +79,10 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation():
     bn = randomize(nn.BatchNorm2d(CHANNELS)).eval()
     frozen = FrozenBatchNorm(CHANNELS)
     frozen.load_state_dict(bn.state_dict(), strict=False)
-    assert not list(frozen.parameters())
-    before = {k: v.clone() for k, v in frozen.state_dict().items()}
     x = torch.randn(2, CHANNELS, 4, 3)
-    torch.testing.assert_close(frozen.train()(x), bn(x))
-    for name, value in frozen.state_dict().items():
-        assert torch.equal(value, before[name])
+    for _ in range(2):  # training changes nothing
+        torch.testing.assert_close(frozen.train()(x), bn(x))
+    assert not list(frozen.parameters())
 
 
 def test_one_process_is_batch_norm():
@@ -103,11 +92,9 @@ def test_one_process_is_batch_norm():
         for mine, reference in zip(*(run(norm, x, grad) for norm in pair)):
             torch.testing.assert_close(mine, reference)
         x = x * 2 - 1
-    ours, reference = (norm.state_dict() for norm in pair)
-    assert list(ours) == list(reference)
-    assert ours["num_batches_tracked"] == 2
-    ours, reference = (norm.eval()(x) for norm in pair)
-    torch.testing.assert_close(ours, reference)
+    assert list(pair[0].state_dict()) == list(pair[1].state_dict())
+    assert pair[0].num_batches_tracked == 2
+    torch.testing.assert_close(*(norm.eval()(x) for norm in pair))
 
 
 def test_large_means_do_not_cost_the_variance():
@@ -139,7 +126,7 @@ def test_a_batch_without_elements_changes_no_statistics(kind):
         assert torch.equal(norm.state_dict()[name], value)
 
 
-def _worker(rank, folder):
+def train_once(rank, folder):
     results = {}
     for case, shapes in SHAPES.items():
         norm = randomize(SyncBatchNorm(CHANNELS, momentum=MOMENTUM))
@@ -152,7 +139,7 @@ def _worker(rank, folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("norms"))
-    run_processes(_worker, folder)
+    run_processes(train_once, folder)
     return [torch.load(f"{folder}/{rank}.pth") for rank in range(2)]
 
 
@@ -178,14 +165,9 @@ def test_two_processes_are_batch_norm_of_all_elements(two_processes, case):
 
 
 def test_make_norm_knows_five_kinds():
-    kinds = {k: type(make_norm(k, 32)) for k in ("gn", "syncbn", "frozen_bn", "none")}
-    expected = [GroupNorm, SyncBatchNorm, FrozenBatchNorm, nn.Identity]
-    assert list(kinds.values()) == expected
-    assert isinstance(make_norm("bn", 32), nn.BatchNorm2d)
+    kinds = [type(make_norm(k, 32)) for k in ("gn", "syncbn", "bn", "frozen_bn", "none")]
+    assert kinds == [GroupNorm, SyncBatchNorm, BatchNorm, FrozenBatchNorm, nn.Identity]
     x = torch.randn(2, 32, 3, 3)
     torch.testing.assert_close(make_norm("bn", 32)(x), nn.BatchNorm2d(32)(x))
     with pytest.raises(ValueError, match="'layer'.*gn, syncbn, bn, frozen_bn, none"):
         make_norm("layer", 32)
-    with pytest.raises(ValueError, match="40"):
-        make_norm("gn", 40)
-    assert math.isclose(make_norm("syncbn", 32).momentum, 0.1)  # nn.BatchNorm2d's

@@ -2,7 +2,7 @@
 
   python tools/convert_weights.py model_final_f10217.pkl mask_rcnn_r50.pth
   python tools/convert_weights.py resnet50-0676ba61.pth r50.pth --norm syncbn
-  python tools/convert_weights.py --to-detectron2 runs/r50-gn/checkpoint_0540000.pth ours.pkl
+  python tools/convert_weights.py --to-detectron2 runs/r50-gn/checkpoint_0540000.pth d2.pth
 
 It reads Detectron2's detectors with FPN (.pkl, .pth) and, as backbones for `train.py --init`,
 torchvision's classification models (.pth) and the ImageNet models of Detectron and MSRA (.pkl).
@@ -12,25 +12,24 @@ instead. Nothing in a file is executed.
 
 import argparse
 import dataclasses
-import os
+import io
 import pickle
 import re
 import sys
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
 import evaluate
 import model as detector
-from data import UserError
 from model import WeightsError
-from tools.read_tensors import read_tensors
 
-# ------------------------------------------------------------------------------------------------
-# Names
-# ------------------------------------------------------------------------------------------------
+# -- Names -----------------------------------------------------------------------------------------
 
 # Our layers and Detectron2's; {i}, {j}, {k} are numbers and {i+2} is i + 2. Of those with a norm,
 # `layer.conv` and `layer.norm` are `layer` and `layer.norm` there.
@@ -156,9 +155,77 @@ def to_detectron2(model):
     return state
 
 
-# ------------------------------------------------------------------------------------------------
-# Conversion
-# ------------------------------------------------------------------------------------------------
+# -- Reading a file without executing it -----------------------------------------------------------
+
+
+def make_array(data, kind, shape, order="C"):
+    data = data.encode("latin1") if isinstance(data, str) else data  # a string of Python 2
+    # (np.frombuffer refuses types of objects, and gives an array that cannot be written to)
+    return np.frombuffer(data, kind.dtype).reshape(shape, order=order).copy()
+
+
+class PickledArray:
+    """What a numpy array in a pickle becomes: `value`, made here and not by numpy's unpickling."""
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, data = state
+        self.value = make_array(data, kind, shape, "F" if fortran else "C")
+
+
+class PickledType:
+    """What a numpy dtype in a pickle becomes."""
+
+    def __init__(self, code, *_):
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Reads arrays, numbers, strings and containers, and refuses every name but these few.
+
+    A pickle is a program: what it names is imported, and what it names can be called.
+    """
+
+    ALLOWED = {
+        "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
+        "numpy.core.numeric._frombuffer": make_array,
+        "numpy.core.multiarray.scalar": lambda kind, data: make_array(data, kind, ()),
+        "numpy.ndarray": None,  # an argument of _reconstruct, never called
+        "numpy.dtype": PickledType,
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+        "collections.OrderedDict": OrderedDict,
+    }
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if full not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"weights do not need {module}.{name}")
+        return self.ALLOWED[full]
+
+
+def read_tensors(path):
+    """The tensors of a .pkl or .pth file by their names there. Raises WeightsError, or OSError."""
+    try:
+        content = 0
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                content = RestrictedUnpickler(file, encoding="latin1").load()
+        if isinstance(content, int):  # torch's format, or its older one, which starts with a number
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content.get("model", content.get("blobs", content))
+        arrays = {name: getattr(value, "value", value) for name, value in content.items()}
+        kinds = np.ndarray | torch.Tensor
+        return {n: torch.as_tensor(a) for n, a in arrays.items() if isinstance(a, kinds)}
+    except OSError:
+        raise
+    except Exception as error:  # whatever a truncated, foreign or malicious file brings about
+        reason = "it is damaged, or holds more than tensors, numbers and text"
+        raise WeightsError(f"{path} cannot be read as weights: {reason}.") from error
+
+
+# -- Conversion ------------------------------------------------------------------------------------
 
 # Fields of Config that are the first dimension of a tensor.
 WIDTHS = {
@@ -174,8 +241,8 @@ WIDTHS = {
 def infer_config(state, kind="detectron2"):
     """Arguments of `build_model` for the tensors of a file, from their names and shapes.
 
-    What these do not tell (stride_in_1x1, roi_sampling_ratio, betas) is what the public files of
-    the format have. Raises KeyError with our name of a parameter that is missing.
+    What these do not tell (stride_in_1x1, roi_sampling_ratio, betas) is as in the public files.
+    Raises KeyError with our name of a parameter that is missing.
     """
     shapes = {our_name(name, kind) or name: tensor.shape for name, tensor in state.items()}
     widths = {field: shapes[name][0] for field, name in WIDTHS.items() if name in shapes}
@@ -249,16 +316,12 @@ def fit(state, kind, model):
 
 def read_state(path):
     """The tensors of a foreign file by their names there, and its format, a key of SPELLING."""
-    content = read_tensors(path)
-    if any("conv2_offset" in name for name in content):
-        raise WeightsError(f"{path} has deformable convolutions, which this project does not have.")
+    tensors = read_tensors(path)
     for kind in SPELLING:
-        if FIRST & {our_name(name, kind) for name in content}:
-            return content, kind
-    known = "a classification model of torchvision's, or a detector of Detectron2's with FPN"
-    if any(name.startswith("backbone.body.") for name in content):
-        raise WeightsError(f"{path} looks like a detector of torchvision's; take {known}.")
-    raise WeightsError(f"{path} has the names of no model known here; take {known} (see --help).")
+        if FIRST & {our_name(name, kind) for name in tensors}:
+            return tensors, kind
+    known = "a classification model of torchvision's or a detector of Detectron2's with FPN"
+    raise WeightsError(f"{path} has the names of no model known here; take {known}.")
 
 
 def convert(source, target, **given):
@@ -274,7 +337,7 @@ def convert(source, target, **given):
             given = {name: tuple(statistics)} | given
     try:
         inferred = infer_config(state, kind)
-        if (given.get("norm") == "gn") > (inferred["norm"] == "gn"):
+        if "norm" in given and "gn" in (given["norm"], inferred["norm"]):
             raise ValueError(f"its norm is {inferred['norm']}")
         fields = dict(zip(STATISTICS_NAMES, STATISTICS[kind])) | inferred | given
         with torch.device("meta"):  # names and shapes alone
@@ -282,7 +345,7 @@ def convert(source, target, **given):
         weights, unused = fit(state, kind, model)
     except KeyError as error:
         raise WeightsError(f"{source} cannot be converted: it has no {error}.") from None
-    except (TypeError, ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise WeightsError(f"{source} cannot be converted: {str(error).rstrip('.')}.") from None
     config = dataclasses.asdict(model.config)
     if kind != "detectron2":  # of a backbone, nothing is said that belongs to a detector
@@ -292,33 +355,29 @@ def convert(source, target, **given):
         names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id
         ids = [i for i, name in enumerate(names) if i and name != "N/A"][: config["num_classes"]]
         settings |= {"classes": [names[i] for i in ids], "category_ids": ids}
-    with detector.write_whole(target) as file:
-        torch.save({"config": config, "data": settings, "weights": weights}, file)
-
+    save({"config": config, "data": settings, "weights": weights}, target)
     print(f"Weights   {len(weights)} tensors of {source}; not used: {', '.join(unused) or 'none'}")
     shown = ("backbone", "norm", "num_classes", "masks", "keypoints", "cascade")
     assumed = ("stride_in_1x1", "roi_sampling_ratio", *STATISTICS_NAMES)
-    for title, names in (("Inferred ", shown), ("Assumed  ", assumed)):
-        names = [name for name in names if name in config and name not in given]
-        print(title, ", ".join(f"{name}={config[name]}" for name in names))
+    for title, names in (("Inferred", shown), ("Assumed ", assumed)):
+        told = [f"{name}={config[name]}" for name in names if name in config.keys() - given]
+        print(f"{title}  {', '.join(told)}")
     print(f"Written   {target}")
 
 
+def save(content, target):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    detector.write_whole(target, buffer.getbuffer())
+
+
 def export(source, target):
-    """Write a checkpoint of ours as Detectron2 reads it: a .pkl of arrays or a .pth of tensors."""
+    """Write a checkpoint of ours as Detectron2 reads it, a .pth file."""
     model = detector.load_model(source)
-    if model.config.backbone == "vgg16":
-        raise WeightsError(f"{source} is a vgg16, which Detectron2 does not have.")
-    state = to_detectron2(model)
-    with detector.write_whole(target) as file:
-        if str(target).endswith(".pkl"):
-            arrays = {name: tensor.numpy() for name, tensor in state.items()}
-            pickle.dump({"model": arrays, "__author__": "convert_weights.py"}, file)
-        else:
-            torch.save({"model": state}, file)
-    print(f"Written   {target}; Detectron2's configuration has to say what its names cannot:")
-    for name in ("norm", "stride_in_1x1", "roi_sampling_ratio", *STATISTICS_NAMES):
-        print(f"  {name} {getattr(model.config, name)}")
+    save({"model": to_detectron2(model)}, target)
+    names = ("norm", "stride_in_1x1", "roi_sampling_ratio", *STATISTICS_NAMES)
+    told = ", ".join(f"{name}={getattr(model.config, name)}" for name in names)
+    print(f"Written   {target}; to be said by Detectron2's configuration: {told}")
 
 
 def main(arguments=None):
@@ -332,14 +391,11 @@ def main(arguments=None):
     rgb = {"nargs": 3, "type": float, "metavar": ("R", "G", "B")}
     add("--image-mean", **rgb, help="for images in [0, 1], such as 0.485 0.456 0.406")
     add("--image-std", **rgb, help="for images in [0, 1], such as 0.229 0.224 0.225")
-    stride = {"choices": (False, True), "metavar": "{0,1}", "type": lambda text: bool(int(text))}
-    add("--stride-in-1x1", **stride, help="1: the stride is on the first 1x1")
+    add("--stride-in-1x1", type=int, choices=(0, 1), help="1: the stride is on the first 1x1")
     add("--roi-sampling-ratio", type=int, metavar="N", help="RoIAlign's; 0: adaptive")
     add("--norm", choices=("gn", "syncbn", "bn", "frozen_bn"), help="the norm to use it with")
     given = vars(parser.parse_args(arguments))
     source, target = given.pop("source"), given.pop("target")
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise UserError(f"OUT is IN, {source}; give the result another name.", code=2)
     if given.pop("to_detectron2"):
         return export(source, target)
     given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}

@@ -14,20 +14,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision import ops
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
 
 import data
 import evaluate
 import model as detector
-from tools.panels import draw, grid, heat, titled, to_picture
 
+WIDTH = 320  # of a panel, in pixels
 COLORS = ["#e6194b", "#f58231", "#2a9d3c", "#4363d8", "#911eb4", "#008b8b", "#9a6324", "#f032e6"]
 RED, ORANGE, GREEN, BLUE = COLORS[:4]
 
 
 def run(model, image, target):
-    """What the detector computes on the way to its detections, by its public steps."""
+    """The detections, and what the detector computes on the way to them, by its public steps."""
     s = SimpleNamespace(model=model, image=image, target=target, c=model.config)
     s.classes = model.data_settings["classes"]
     s.batch, s.sizes = model.batch([image])
@@ -36,16 +39,9 @@ def run(model, image, target):
     width = min(480, 1000 // len(s.levels) - 8)  # of a level's panel: all levels in one row
     s.map_size = (width, round(width * s.batch.shape[2] / s.batch.shape[3]))
     s.objectness, s.deltas, s.anchors = model.rpn(s.levels)
-    boxes, valid = model.rpn.proposals(s.objectness, s.deltas, s.anchors, s.sizes)
-    s.proposals = boxes[0][valid[0]]  # [P, 4]
-    [(s.scores, s.refined)] = model.box_predictions(s.levels, boxes, valid, s.sizes)
-    s.found = model.postprocess(s.scores, s.refined)
-    found, labels = [s.found["boxes"]], [s.found["labels"]]
-    if model.mask_head and len(labels[0]):
-        [s.found["masks"]] = model.mask_probabilities(s.levels, found, labels)
-    if model.keypoint_head and len(labels[0]):
-        [maps] = model.keypoint_heatmaps(s.levels, found)
-        s.found["keypoints"], _ = detector.decode_keypoints(maps, *found)
+    [s.proposals] = model.rpn.proposals(s.objectness, s.deltas, s.anchors, s.sizes)  # [P, 4]
+    [(s.scores, s.refined)] = model.box_predictions(s.levels, [s.proposals], s.sizes)
+    [s.found] = model([image])
     # The best detections, and which proposals became their boxes
     best = (s.found["scores"] >= 0.5).nonzero()[:8, 0]
     s.boxes, s.labels = s.found["boxes"][best], s.found["labels"][best]
@@ -58,18 +54,16 @@ def centres(boxes):
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
-# ------------------------------------------------------------------------------------------------
-# The steps. Each returns panels; its docstring is what index.md says about them
-# ------------------------------------------------------------------------------------------------
+# -- The steps. Each returns panels; its docstring is what index.md says about them ----------------
 
 
 def network_input(s):
     """The image minus the mean, divided by the standard deviation. Zeros (here in the mean's grey)
     are padded to the right of and below the red frame, up to multiples of 32."""
     shown = (255 * (s.batch[0] * s.model.image_std + s.model.image_mean)).round().clamp(0, 255)
-    (h, w), (padded_h, padded_w) = s.sizes[0], shown.shape[1:]
+    h, w = s.sizes[0]
+    title = f"{h} x {w} pixels, padded to {shown.shape[1]} x {shown.shape[2]}"
     frame = torch.tensor([[0, 0, w, h]]), RED
-    title = f"{h} x {w} pixels, padded to {padded_h} x {padded_w}"
     return [draw(shown.byte(), title, frame, width=480, faded=False)]
 
 
@@ -103,14 +97,12 @@ def training(s):
     otherwise. The RPN is trained on 256 of them, drawn at random, at most half of them positive."""
     if s.target is None:
         return []
-    every = torch.cat(s.anchors)
-    _, [labels] = s.model.rpn.match(every, detector.pad_targets([s.target], every.device))
+    every, objects = torch.cat(s.anchors), (s.target["boxes"], "black")
+    _, labels = s.model.rpn.match(every, s.target["boxes"])
     numbers = s.c.rpn_batch_size_per_image, s.c.rpn_positive_fraction
-    seeds, _ = detector.sampling_seeds([{"seed": data.hash_of(0, 0, 0)}], every.device)
-    [index], [valid] = detector.sample(labels[None], *numbers, seeds)
-    drawn, objects = index[valid], (s.target["boxes"], "black")
+    drawn = detector.sample(labels, *numbers, torch.Generator().manual_seed(0))
     positive, negative = drawn[labels[drawn] == 1], drawn[labels[drawn] == 0]
-    unused, (n, p) = every[labels == -1], ((labels == i).sum() for i in (0, 1))
+    unused, p, n = every[labels == -1], (labels == 1).sum(), (labels == 0).sum()
     panels = {
         f"positive: {len(positive)} of {p:,} drawn": (every[positive], GREEN),
         f"negative: {len(negative)} of {n:,} drawn (centres)": (centres(every[negative]), BLUE),
@@ -131,12 +123,14 @@ def proposals(s):
     """The RPN moves and resizes its anchors. Within each level, NMS then goes from the best box to
     the worst, and removes a box if its IoU with a box that it has kept is above 0.7."""
     logits, index = torch.cat(s.objectness, dim=1)[0].topk(40)
+    level = torch.cat([torch.full((len(a),), i) for i, a in enumerate(s.anchors)])[index]
     best, deltas = torch.cat(s.anchors)[index], torch.cat(s.deltas, dim=1)[0, index]
-    only = [level.masked_fill(level < logits[-1], -torch.inf) for level in s.objectness]
-    [kept], [valid] = s.model.rpn.proposals(only, s.deltas, s.anchors, s.sizes)
-    titles = "the 40 best anchors", "the boxes they become", f"the {valid.sum()} that NMS keeps"
-    boxes = best, detector.decode_boxes(deltas, best), kept[valid]
-    return [draw(s.image, t, (b, BLUE), margin=0.1) for t, b in zip(titles, boxes)]
+    boxes = detector.decode_boxes(deltas, best)
+    clipped = ops.clip_boxes_to_image(boxes, s.sizes[0])
+    kept = clipped[detector.nms(clipped, logits, level, s.c.rpn_nms_thresh, 40)]
+    titles = "the 40 best anchors", "the boxes they become", f"the {len(kept)} that NMS keeps"
+    pairs = zip(titles, (best, boxes, kept))
+    return [draw(s.image, title, (shapes, BLUE), margin=0.1) for title, shapes in pairs]
 
 
 def roi_levels(s):
@@ -192,16 +186,16 @@ def refinement(s):
     lead from centre to centre. Stages of a cascade start from the previous stage's boxes."""
     if len(s.boxes) == 0:
         return []
-    rois, panels = detector.to_rois([s.proposals[s.origin]]), []
+    rois, panels = s.proposals[s.origin], []
     for stage, head in enumerate(s.model.box_heads):
-        _, deltas = head(s.model.pool(s.levels, rois, s.c.box_roi_size))
-        boxes = s.model.refine(rois, deltas, stage, s.sizes).expand(-1, s.c.num_classes, -1)
-        boxes = boxes[torch.arange(len(rois)), s.labels - 1]
-        moves = torch.stack([centres(rois[:, 1:]), centres(boxes)], dim=1)
-        layers = (rois[:, 1:], "black"), (boxes, COLORS), (moves, COLORS)
+        _, deltas = head(s.model.pool(s.levels, [rois], s.c.box_roi_size))
+        [boxes] = s.model.refine([rois], deltas, stage, s.sizes)
+        boxes = boxes.expand(-1, s.c.num_classes, -1)[torch.arange(len(rois)), s.labels - 1]
+        moves = torch.stack([centres(rois), centres(boxes)], dim=1)
+        layers = (rois, "black"), (boxes, COLORS), (moves, COLORS)
         title = f"stage {stage + 1}" if s.c.cascade else f"{len(rois)} RoIs and their boxes"
         panels.append(draw(s.image, title, *layers, width=480))
-        rois = torch.cat([rois[:, :1], boxes], dim=1)
+        rois = boxes
     return panels
 
 
@@ -222,7 +216,7 @@ def scores(s):
 def masks(s):
     """The mask head predicts 28 x 28 probabilities for each detection (here the five best). They
     are resized to its box and pasted into the image where they are 0.5 or more."""
-    if "masks" not in s.found or len(s.boxes) == 0:
+    if not s.model.mask_head or len(s.boxes) == 0:
         return []
     boxes, maps = s.boxes[:5], s.found["masks"][:5]
     names = [evaluate.class_name(label, s.classes) for label in s.labels]
@@ -234,19 +228,16 @@ def masks(s):
 def keypoints(s):
     """The keypoint head gives a map of 56 x 56 positions for each keypoint of a detection, here the
     best one's; the keypoint is where its map is largest."""
-    if "keypoints" not in s.found or len(s.boxes) == 0:
+    if not s.model.keypoint_head or len(s.boxes) == 0:
         return []
     [maps] = s.model.keypoint_heatmaps(s.levels, [s.boxes[:1]])
-    names = data.KEYPOINT_NAMES if maps.shape[1] == 17 else range(maps.shape[1])
-    return [
-        heat(one.flatten().softmax(0).view(one.shape), f"{name}", (150, 150))
-        for name, one in zip(names, maps[0])
-    ]
+    maps = maps[0].flatten(1).softmax(dim=1).view(maps[0].shape)
+    return [heat(one, name, (150, 150)) for name, one in zip(data.KEYPOINT_NAMES, maps)]
 
 
 def detections(s):
     """The detections with a score of 0.5 or more."""
-    return [titled(to_picture(evaluate.draw(s.image, s.found, s.classes)), "scores >= 0.5")]
+    return [titled(to_pil_image(evaluate.draw(s.image, s.found, s.classes)), "scores >= 0.5")]
 
 
 STEPS = (
@@ -255,15 +246,84 @@ STEPS = (
 )  # fmt: skip
 
 
+# -- Panels: an image with shapes on it, a map in colours, and many in a grid ----------------------
+
+
+def draw(image, caption, *layers, width=WIDTH, margin=0.0, faded=True):
+    """A panel: an image [3, h, w], faded to grey, and layers on it in the image's coordinates.
+
+    A layer is a pair of a tensor and a colour, or a list of colours: boxes [N, 4], points [N, 2],
+    arrows [N, 2, 2] (from, to), or masks [N, h, w] bool. margin: around it, a share of its width.
+    """
+    scale = width / image.shape[2] / (1 + 2 * margin)
+    border = round(margin * image.shape[2] * scale)
+    size = (width - 2 * border, round(image.shape[1] * scale))
+    picture = to_pil_image(image).resize(size, Image.BICUBIC)
+    if faded:
+        picture = ImageOps.posterize(ImageOps.grayscale(picture).point(lambda v: 110 + v // 2), 5)
+    picture = ImageOps.expand(picture.convert("RGB"), border, "white")
+    pen = ImageDraw.Draw(picture)
+    for shapes, colors in layers:
+        colors = [colors] * len(shapes) if isinstance(colors, str) else colors
+        placed = shapes if shapes.dtype == torch.bool else shapes * scale + border
+        for shape, color in reversed(list(zip(placed, colors))):
+            if shapes.dtype == torch.bool:
+                pen.bitmap((border, border), Image.fromarray(shape.numpy()).resize(size), color)
+            elif shape.dim() == 2:
+                draw_arrow(pen, *shape, color)
+            elif len(shape) == 4:
+                pen.rectangle(shape.tolist(), outline=color, width=1 if len(shapes) > 50 else 2)
+            else:
+                pen.circle(shape.tolist(), 1 if len(shapes) > 500 else 2, color)
+    return titled(picture, caption)
+
+
+def draw_arrow(pen, start, end, color):
+    along = 9 * (end - start) / (end - start).norm().clamp(min=9)
+    across = along.flip(0) * torch.tensor([0.5, -0.5])
+    head = torch.stack([end, end - along + across, end - along - across])
+    pen.line([*start.tolist(), *end.tolist()], color, 2)
+    pen.polygon(head.flatten().tolist(), color)
+
+
+def heat(values, caption, size=(WIDTH, WIDTH), most=None):
+    """A panel of a map [h, w]: dark is its least value (0 if `most` is given), yellow its most."""
+    values = values - (0 if most else values.min())
+    gray = (63 * values / (most or values.max())).clamp(0, 63).byte() * 4
+    picture = ImageOps.colorize(Image.fromarray(gray.numpy()), "#440154", "#fde725", "#21918c")
+    return titled(picture.resize(size, Image.NEAREST), caption)
+
+
+def titled(picture, caption):
+    sheet = Image.new("RGB", (picture.width + 8, picture.height + 26), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.fontmode = "1"  # without shades of grey: few colours make a small file
+    pen.text((4, 2), caption, "black", ImageFont.load_default(14))
+    sheet.paste(picture, (4, 20))
+    return sheet
+
+
+def grid(panels, width=1000):
+    """Panels in rows of at most `width` pixels, as one picture."""
+    w, h = (max(sides) for sides in zip(*(panel.size for panel in panels)))
+    columns = max(1, min(len(panels), width // w))
+    sheet = Image.new("RGB", (w * columns, h * -(-len(panels) // columns)), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % columns * w, i // columns * h))
+    return sheet.quantize(256)
+
+
+# -- Command line ----------------------------------------------------------------------------------
+
+
 def find_target(root, image_path, config, sizes):
     """The objects, without crowds, of an image that is found in a data set by its file's name."""
     for split in ("val2017", "train2017"):
         dataset = data.open_split(root, split, masks=False, keypoints=config.keypoints > 0)
-        for i in range(len(dataset)):
-            if Path(dataset.record(i)["file_name"]).name == image_path.name:
-                _, target = dataset.load(i, *sizes)
-                keep = ~target["iscrowd"]
-                return {name: target[name][keep] for name in ("boxes", "labels")}
+        names = [Path(dataset.record(i)["file_name"]).name for i in range(len(dataset))]
+        if image_path.name in names:
+            _, target = dataset.load(names.index(image_path.name), *sizes)
+            return {name: target[name][~target["iscrowd"]] for name in ("boxes", "labels")}
     raise data.UserError(f"{root} has no image {image_path.name} in val2017 or train2017.")
 
 

@@ -16,127 +16,109 @@ one that was interrupted goes on. Seeds 0, 1, 2; the pre-trained backbone is one
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
-
 import evaluate
-import train
 from tools.toy_coco import make_toy_coco
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
-FOUR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-# name: (arguments of train.py, of Python before it, the run whose trunk it branches off)
+ONE = ["train.py"]
+FOUR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "train.py"]
+FORCED = ["-c", "import sys, train; train.check = lambda *_: None; train.main()"]
+# name: (how Python starts train.py, its arguments, the run whose trunk it branches off)
 RUNS = {
-    "random-10x": ("--schedule 10x --eval-every 160", [], None),
-    "pretrained-10x": ("--schedule 10x --eval-every 160 --init {backbone}", [], None),
-    "random-5x": ("--schedule 5x --eval-every 70", [], "random-10x"),
-    "pretrained-5x": ("--schedule 5x --eval-every 70 --init {backbone}", [], "pretrained-10x"),
-    "random-2x": ("--schedule 2x --eval-every 70", [], "random-10x"),
-    "pretrained-2x": ("--schedule 2x --eval-every 70 --init {backbone}", [], "pretrained-10x"),
-    "25-random-3x": ("--schedule 3x --subset 25", [], None),
-    "25-pretrained-2x": ("--schedule 2x --subset 25 --init {backbone}", [], None),
-    "syncbn-5x": ("--schedule 5x --eval-every 160 --norm syncbn", [], None),
-    "bn-5x": ("--schedule 5x --eval-every 320 --norm bn --images-per-gpu 1", FOUR, None),
-    "syncbn-2x": ("--schedule 2x --norm syncbn", [], "syncbn-5x"),
-    "bn-2x": ("--schedule 2x --norm bn --images-per-gpu 1", FOUR, "bn-5x"),
-    "frozen-bn-2x": ("--schedule 2x --norm frozen_bn", "forced", None),
+    "random-10x": (ONE, "--schedule 10x --eval-every 160", None),
+    "pretrained-10x": (ONE, "--schedule 10x --eval-every 160 --init {backbone}", None),
+    "random-5x": (ONE, "--schedule 5x --eval-every 70", "random-10x"),
+    "pretrained-5x": (ONE, "--schedule 5x --eval-every 70 --init {backbone}", "pretrained-10x"),
+    "random-2x": (ONE, "--schedule 2x --eval-every 70", "random-10x"),
+    "pretrained-2x": (ONE, "--schedule 2x --eval-every 70 --init {backbone}", "pretrained-10x"),
+    "25-random-3x": (ONE, "--schedule 3x --subset 25", None),
+    "25-pretrained-2x": (ONE, "--schedule 2x --subset 25 --init {backbone}", None),
+    "syncbn-5x": (ONE, "--schedule 5x --eval-every 160 --norm syncbn", None),
+    "bn-5x": (FOUR, "--schedule 5x --eval-every 320 --norm bn --images-per-gpu 1", None),
+    "syncbn-2x": (ONE, "--schedule 2x --norm syncbn", "syncbn-5x"),
+    "bn-2x": (FOUR, "--schedule 2x --norm bn --images-per-gpu 1", "bn-5x"),
+    "frozen-bn-2x": (FORCED, "--schedule 2x --norm frozen_bn", None),
 }
-
-
-def metrics_of(folder):
-    """(bbox AP, mask AP) of the last evaluation in a run's log, and its last iteration.
-
-    None and None for a run that stopped before its first one.
-    """
-    log = folder / "log.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    evaluations = [record for record in records if "bbox" in record]
-    if not evaluations:
-        return None, None, records[-1]["iteration"] if records else 0
-    last = evaluations[-1]
-    return last["bbox"]["AP"], last["segm"]["AP"], last["iteration"]
+TRUNKS = {trunk for _, _, trunk in RUNS.values()}
 
 
 def run(name, seed, out, environment):
-    """One run, if it is not complete; its seconds are added to OUT/seconds.json."""
+    """One run, if it is not complete; its seconds go to seconds.json in its folder."""
     folder = out / f"{name}-seed{seed}"
     if (folder / "seconds.json").exists():
         return
-    arguments, before, trunk = RUNS[name]
+    python, arguments, trunk = RUNS[name]
     backbone = out / "backbone" / "checkpoint_0000600.pth"
-    command = [sys.executable, *(before if before != "forced" else [])]
-    command += [__file__, "--forced"] if before == "forced" else [str(ROOT / "train.py")]
-    command += arguments.format(backbone=backbone).split()
-    command += ["--seed", str(seed), "--out", str(folder), "--device", "cpu"]
-    command += ["--data", str(out / "toy_coco")]
+    command = [sys.executable, *python, *arguments.format(backbone=backbone).split()]
+    command += ["--seed", seed, "--out", folder, "--data", out / "toy_coco", "--device", "cpu"]
     if trunk:
-        command += ["--from", str(out / f"{trunk}-seed{seed}")]
-    if folder.exists():
-        command.append("--resume")
-    print(" ".join(command), flush=True)
+        command += ["--from", out / f"{trunk}-seed{seed}"]
+    command = [str(word) for word in [*command, "--resume"]]
+    print(shlex.join(command), flush=True)
     start = time.perf_counter()
-    with open(out / f"{name}-seed{seed}.log", "a") as log:
+    with open(f"{folder}.log", "a") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
     if done.returncode != 0:
-        print(f"{folder} stopped with exit code {done.returncode}; see its .log")
-        if before != "forced":
-            return
-    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+        print(f"{folder} stopped with exit code {done.returncode}; see {log.name}")
+    if done.returncode == 0 or python == FORCED:  # which is expected to stop
+        (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
 
 
-def table(out):
+def run_all(out, jobs, only, seeds):
+    """The data, the backbone, the trunks, and then what branches off them."""
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    make_toy_coco(out / "toy_coco")
+    if not list((out / "backbone").glob("checkpoint_*.pth")):
+        command = [sys.executable, "tools/pretrain_toy.py", "--device", "cpu"]
+        command += ["--out", str(out / "backbone")]
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    names = [name for name in RUNS if only in name]
+    for group in (TRUNKS & {*names}, {*names} - TRUNKS):
+        with ThreadPoolExecutor(jobs) as pool:
+            for seed in seeds:
+                for name in filter(group.__contains__, names):
+                    pool.submit(run, name, seed, out, environment)
+
+
+def result_of(folder):
+    """A run's last box AP and mask AP (None: there is none), its last iteration, its minutes."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    records = [{"iteration": 0}, *map(json.loads, lines)]
+    last = next((record for record in reversed(records) if "bbox" in record), {})
+    aps = [last.get(kind, {}).get("AP") for kind in ("bbox", "segm")]
+    minutes = json.loads((folder / "seconds.json").read_text()) / 60
+    return *aps, records[-1]["iteration"], minutes
+
+
+def format_table(out):
+    """The complete runs as a table in markdown."""
     lines = ["| run | iterations | bbox AP, seeds 0, 1, 2 | mean | mask AP | mean | minutes |"]
     lines.append("|---" * 7 + "|")
     for name in RUNS:
         folders = [out / f"{name}-seed{seed}" for seed in SEEDS]
-        folders = [folder for folder in folders if (folder / "seconds.json").exists()]
-        if not folders:
+        results = [result_of(f) for f in folders if (f / "seconds.json").exists()]
+        if not results:
             continue
-        found = [metrics_of(folder) for folder in folders]
-        cells = [name, f"{found[0][2]:,}"]
-        for values in zip(*(each[:2] for each in found)):
-            if None in values:  # AP of no detection at all, or no evaluation
-                cells += [", ".join("-" if v is None else f"{v:.1f}" for v in values), "-"]
-                continue
-            cells += [", ".join(f"{v:.1f}" for v in values), f"{statistics.mean(values):.1f}"]
-        seconds = [json.loads((folder / "seconds.json").read_text()) for folder in folders]
-        cells.append(f"{statistics.mean(seconds) / 60:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        *both, iterations, minutes = zip(*results)
+        cells = [name, f"{iterations[0]:,}"]
+        for aps in both:
+            cells.append(", ".join("-" if ap is None else f"{ap:.1f}" for ap in aps))
+            cells.append("-" if None in aps else f"{statistics.mean(aps):.1f}")
+        lines.append(f"| {' | '.join(cells)} | {statistics.mean(minutes):.1f} |")
     return "\n".join(lines)
 
 
-def run_all(out, jobs, only, seeds):
-    """The backbone, the data, the trunks, and then what branches off them."""
-    environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
-    make_toy_coco(out / "toy_coco")
-    if not list((out / "backbone").glob("checkpoint_*.pth")):
-        command = [sys.executable, ROOT / "tools" / "pretrain_toy.py", "--out", out / "backbone"]
-        subprocess.run([*map(str, command), "--device", "cpu"], check=True, env=environment)
-    names = [name for name in RUNS if only in name]
-    trunks = {trunk for _, _, trunk in RUNS.values()}
-    for group in (
-        [name for name in names if name in trunks],
-        [name for name in names if name not in trunks],
-    ):
-        with ThreadPoolExecutor(jobs) as pool:
-            for seed in seeds:
-                for name in group:
-                    pool.submit(run, name, seed, out, environment)
-
-
-def main(arguments):
-    if "--forced" in sys.argv:
-        sys.argv.remove("--forced")
-        with mock.patch.object(train, "check"):  # which would refuse frozen BN
-            return train.main(sys.argv[1:])
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,8 +132,7 @@ def main(arguments):
     if not args.table:
         args.out.mkdir(parents=True, exist_ok=True)
         run_all(args.out.resolve(), args.jobs, args.only, args.seeds)
-    print(table(args.out))
-    return 0
+    print(format_table(args.out))
 
 
 if __name__ == "__main__":

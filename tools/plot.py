@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modu
 import evaluate
 from data import UserError
 
-FORMATS = (".png", ".svg", ".pdf")
-OPACITIES = {
+CURVES = {  # of a record: (what, which number): opacity
     ("bbox", "AP"): 1.0,
     ("segm", "AP"): 0.4,
     ("keypoints", "AP"): 0.4,
@@ -30,44 +29,13 @@ OPACITIES = {
 LINES = ("-", "--", ":", "-.")  # of the runs of one colour
 
 
-def is_record(record):
-    """Whether a line of JSON is one that train.py writes: a step or an evaluation."""
-    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
-        return False
-    values = [record.get("loss")]
-    for kind, name in OPACITIES:
-        metrics = record.get(kind, {})
-        if not isinstance(metrics, dict):
-            return False
-        values.append(metrics.get(name))
-    return all(value is None or isinstance(value, (int, float)) for value in values)
-
-
 def read_log(run):
-    """The records (dicts) of RUN/log.jsonl. Lines that are no record are left out, and said so.
-
-    Raises UserError where there is no log, or nothing in it.
-    """
+    """The records (dicts) of RUN/log.jsonl. The last line of a killed run may be half a line."""
     path = Path(run)
     path = path / "log.jsonl" if path.is_dir() else path
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name a run's folder.") from None
-    records, foreign = [], []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # the last line of a killed run may be half a line
-            record = None
-        if is_record(record):
-            records.append(record)
-        else:
-            foreign.append(number)
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     if not records:
         raise UserError(f"{path} has no record of a training run; name another run.")
-    if foreign:
-        print(f"{path}: left out {len(foreign)} lines that are no records ({foreign[0]}, ...)")
     return records
 
 
@@ -76,23 +44,17 @@ def smooth(points, window):
     iterations, values = np.asarray(points, float).T
     sums = np.cumsum(np.insert(values, 0, 0))
     ends = np.arange(1, len(points) + 1)
-    starts = np.searchsorted(iterations, iterations - window, side="right").clip(max=ends - 1)
+    starts = np.searchsorted(iterations, iterations - window, side="right")
     return list(zip(iterations, (sums[ends] - sums[starts]) / (ends - starts)))
 
 
 def plot(runs, output):
-    """Draw the curves of runs (folders) into the file `output`; its suffix says which format.
-
-    Raises UserError for a log that cannot be read or a format that there is not, ImportError
-    without matplotlib.
-    """
-    if Path(output).suffix not in FORMATS:
-        raise UserError(f"{output} must end in {', '.join(FORMATS)}.", code=2)
-    logs = [read_log(run) for run in runs]
+    """Draw the curves of runs (folders) into the file `output`; its suffix says which format."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("Curves need matplotlib: pip install matplotlib.") from None
+        raise UserError("plot.py needs matplotlib: pip install matplotlib.") from None
+    logs = [read_log(run) for run in runs]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     window = max(records[-1]["iteration"] for records in logs) / 50
@@ -110,13 +72,13 @@ def plot(runs, output):
         axes.plot(*zip(*points), style, color=colors[group], **look)
 
     for number, (name, records) in enumerate(zip(names, logs)):
-        for (kind, metric), alpha in OPACITIES.items():
-            points = [(r["iteration"], r[kind].get(metric)) for r in records if kind in r]
+        for (kind, metric), alpha in CURVES.items():
+            points = [(r["iteration"], r[kind][metric]) for r in records if kind in r]
             points = [point for point in points if point[1] is not None]
             if points:
                 label = f"{name}, {kind}" if alpha == 1 or number == 0 else None
                 draw(left, number, kind, points, alpha=alpha, marker=".", label=label)
-        steps = [(r["iteration"], r["loss"]) for r in records if r.get("loss") is not None]
+        steps = [(r["iteration"], r["loss"]) for r in records if "loss" in r]
         if steps:
             draw(right, number, "loss", smooth(steps, window), label=name)
     left.set_ylabel("validation AP")

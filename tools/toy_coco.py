@@ -21,7 +21,8 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
-from data import KEYPOINT_NAMES, UserError, paint_polygons
+import evaluate
+from data import KEYPOINT_NAMES, UserError, paint_segmentation
 
 # The classes differ in shape alone. Their ids have gaps, as COCO's have.
 TOY_CATEGORIES = {1: "person", 3: "disk", 4: "square", 8: "triangle", 11: "star"}
@@ -133,8 +134,7 @@ def _shape(rng, category_id, size):
 
     -> (polygons [K, 2] whose union it is; joints [17, 2], or [0, 2] of others than persons)
     """
-    name = TOY_CATEGORIES[category_id]
-    angle = rng.uniform(-0.35, 0.35)
+    name, angle = TOY_CATEGORIES[category_id], rng.uniform(-0.35, 0.35)
     joints = np.zeros((0, 2))
     if name == "person":
         polygons, joints = _figure(rng)
@@ -168,7 +168,7 @@ def _move(shape, center, height, width):
     """A shape at its place -> (polygons, the part of their union inside the image, bool [h, w])."""
     polygons = [(polygon + center).round(2) for polygon in shape]
     mask = np.zeros((height, width), dtype=np.uint8)
-    paint_polygons(mask, polygons, mask.shape, False)
+    paint_segmentation(mask, polygons, mask.shape, False)
     return polygons, mask.astype(bool)
 
 
@@ -313,19 +313,18 @@ def _write_split(root, split, count, seed, first_id):
 def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
     """Writes a generated data set in COCO's layout to the folder root; one that is there is reused.
 
-    annotations/{instances,person_keypoints}_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg.
     The same seed gives the same data; the splits share nothing. The folder appears under its name
     only when complete. UserError if root holds anything else.
     """
     root = Path(root).absolute()
-    if min(train_images, val_images) < 1 or max(train_images, val_images) > 500_000 or seed < 0:
-        raise UserError("Make 1 to 500,000 images of each split, with a seed of 0 or more.", 2)
+    if min(train_images, val_images) < 1 or max(train_images, val_images) > 500_000:
+        raise UserError("Make 1 to 500,000 images of each split.")
     settings = {"version": VERSION, "train": train_images, "val": val_images, "seed": seed}
     marker = root / "toy.json"
     if marker.is_file() and marker.read_text() == json.dumps(settings):
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        problem = f"holds something else than generated data with the settings {settings}"
+        problem = f"is not generated data with the settings {settings}"
         raise UserError(f"{root} {problem}; delete it or name another folder.")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.unfinished-", dir=root.parent) as folder:
@@ -334,11 +333,7 @@ def make_toy_coco(root, train_images=1000, val_images=160, seed=0):
         _write_split(made, "train2017", train_images, [seed, 0], first_id=1)
         _write_split(made, "val2017", val_images, [seed, 1], first_id=500_001)
         (made / "toy.json").write_text(json.dumps(settings))
-        try:
-            made.rename(root)
-        except OSError:
-            if not marker.is_file():  # another process may have been faster
-                raise
+        made.rename(root)
 
 
 class ToyPatches(Dataset):
@@ -367,15 +362,14 @@ class ToyPatches(Dataset):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("root", metavar="DIR", help="the folder to make")
-    parser.add_argument("--train", type=int, default=1000, help="training images (1000)")
-    parser.add_argument("--val", type=int, default=160, help="validation images (160)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
+    add = parser.add_argument
+    add("root", metavar="DIR", help="the folder to make")
+    add("--train", type=int, default=1000, help="training images (1000)")
+    add("--val", type=int, default=160, help="validation images (160)")
+    add("--seed", type=int, default=0, help="random seed (0)")
     args = parser.parse_args(arguments)
     make_toy_coco(args.root, args.train, args.val, args.seed)
 
 
 if __name__ == "__main__":
-    from evaluate import run_command
-
-    sys.exit(run_command("toy_coco.py", main))
+    sys.exit(evaluate.run_command("toy_coco.py", main))

@@ -1,13 +1,11 @@
 """Make tests/golden_*.npz: Detectron2's numbers, with which tests/test_agreement.py compares ours.
 
-  python tools/make_detectron2_golden.py [CASE ...]
+  python tests/make_detectron2_golden.py [CASE ...]
 
 Needs Detectron2, which is neither fetched nor built here: any version with ROIAlignV2 (0.1 and
 later). The files hold outputs only; weights, images and targets come from test_agreement.py.
 """
 
-import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -15,11 +13,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the five modules
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import test_agreement as shared
 
-import evaluate
 import model as detector
 from tools import convert_weights
 
@@ -116,33 +112,26 @@ def detections(model, image):
     found["anchors"] = torch.cat([a.tensor for a in anchors])
     proposals, _ = model.proposal_generator(images, features, None)
     found["proposals"] = proposals[0].proposal_boxes.tensor
-    found["proposal_logits"] = proposals[0].objectness_logits
     heads = model.roi_heads
     pooled = heads.box_pooler(levels[:4], [p.proposal_boxes for p in proposals])
-    cascade = isinstance(heads.box_head, torch.nn.ModuleList)
-    stages = (
-        zip(heads.box_head, heads.box_predictor)
-        if cascade
-        else [(heads.box_head, heads.box_predictor)]
-    )
+    stages = [(heads.box_head, heads.box_predictor)]
+    if isinstance(heads.box_head, torch.nn.ModuleList):  # a cascade
+        stages = zip(heads.box_head, heads.box_predictor)
     for i, (head, predictor) in enumerate(stages):  # of all stages for the first one's RoIs
         found[f"class_logits_{i}"], found[f"box_deltas_{i}"] = predictor(head(pooled))
     instances, _ = heads(images, features, proposals, None)
     found["boxes"] = instances[0].pred_boxes.tensor.clone()
     found["scores"] = instances[0].scores.clone()
     found["labels"] = instances[0].pred_classes.clone() + 1
-    if heads.mask_on:
-        found["masks"] = instances[0].pred_masks[:, 0].clone()
     if heads.keypoint_on:
         found["heatmaps"] = instances[0].pred_keypoint_heatmaps.clone()
         found["keypoints"] = instances[0].pred_keypoints.clone()
-    from detectron2.modeling.postprocessing import detector_postprocess
-
-    size = [round(side * shared.OUTPUT_SCALE) for side in image.shape[-2:]]
-    final = detector_postprocess(instances[0], *size)
-    found["final_boxes"] = final.pred_boxes.tensor
     if heads.mask_on:
-        found["final_masks"] = final.pred_masks
+        from detectron2.modeling.postprocessing import detector_postprocess
+
+        found["masks"] = instances[0].pred_masks[:, 0].clone()
+        size = [round(side * shared.OUTPUT_SCALE) for side in image.shape[-2:]]
+        found["final_masks"] = detector_postprocess(instances[0], *size).pred_masks
     return found
 
 
@@ -159,9 +148,8 @@ def losses(model, images, targets):
         instances.gt_masks = BitMasks(target["masks"])
         instances.gt_keypoints = Keypoints(target["keypoints"])
         batch.append({"image": image.flip(0), "instances": instances})
-    model.train()
     with EventStorage(0):
-        found = model(batch)
+        found = model.train()(batch)
     sum(found.values()).backward()
     norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
     return {name: value.item() for name, value in found.items()}, norms
@@ -175,7 +163,7 @@ def pack(found):
         if name in LEVELS or name in ("objectness", "rpn_deltas", "anchors"):
             value = shared.subsample(value)
         elif name.startswith(("class_logits", "box_deltas")):
-            value = value[:: math.ceil(len(value) / 25)]
+            value = value[:: -(-len(value) // 25)]
         elif name == "masks":
             value = value[:, 1::3, 1::3]
         elif name == "heatmaps":
@@ -187,37 +175,23 @@ def pack(found):
     return packed
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(shared.CASES)}")
-    parser.add_argument("--out", type=Path, default="tests", help="output folder (tests)")
-    args = parser.parse_args(arguments)
+def main(cases):
     torch.manual_seed(0)
     images = shared.golden_images()
-    for case in args.cases or shared.CASES:
+    for case in cases or shared.CASES:
         ours = detector.build_model(**shared.golden_arguments(case))
         plain = convert_weights.to_detectron2(ours)
         weights = shared.golden_weights(case, {n: tuple(t.shape) for n, t in plain.items()})
         model = detectron2_model(ours.config, weights)
         content = {}
         for i, image in enumerate(images):
-            found = detections(model, image)
-            content |= {f"{i}/{name}": value for name, value in pack(found).items()}
-            classes = len(found["labels"].unique())
-            print(f"{case} image {i}: {len(found['boxes'])} detections of {classes} classes")
+            found = pack(detections(model, image))
+            content |= {f"{i}/{name}": value for name, value in found.items()}
         values, norms = losses(model, images, shared.golden_targets(case))
-        print("  ", {name: round(value, 4) for name, value in values.items()})
-        content |= {f"loss/{name}": value for name, value in values.items()}
-        content |= {f"norm/{name}": value for name, value in norms.items()}
-        content = {n: np.asarray(v) for n, v in content.items()}
-        content = {
-            n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in content.items()
-        }
-        with detector.write_whole(args.out / f"golden_{case}.npz") as file:
-            np.savez_compressed(file, **content)
+        content |= {f"loss/{name}": np.float32(value) for name, value in values.items()}
+        content |= {f"norm/{name}": np.float32(value) for name, value in norms.items()}
+        np.savez_compressed(Path(__file__).parent / f"golden_{case}.npz", **content)
 
 
 if __name__ == "__main__":
-    sys.exit(evaluate.run_command("make_detectron2_golden.py", main))
+    main(sys.argv[1:])
