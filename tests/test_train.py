@@ -162,7 +162,7 @@ def strike(how):
 
 # before which step, and which checkpoints there are then: a signal lets the step end
 @pytest.mark.parametrize(
-    "how, step, saved", [("CRASH", 1, []), ("SIGINT", 4, [3, 4, 5]), ("SIGTERM", 5, [3, 4, 5, 6])]
+    "how, step, saved", [("CRASH", 1, []), ("SIGINT", 0, [1]), ("SIGTERM", 5, [3, 4, 5, 6])]
 )
 def test_an_interrupted_run_ends_as_undisturbed(command, whole_run, how, step, saved):
     out = command.folder / how
@@ -177,7 +177,7 @@ def test_an_interrupted_run_ends_as_undisturbed(command, whole_run, how, step, s
     # What a kill may have left behind the checkpoint: an evaluation that is due again, a later
     # step, half a line, half a checkpoint.
     with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps({"iteration": [2, *saved][-1], "bbox": {"AP": 1.0}}) + "\n")
+        file.write(json.dumps({"iteration": max([1, *saved]), "bbox": {"AP": 1.0}}) + "\n")
         file.write('{"iteration": 9, "loss": 1.0}\n{"iteration": 9, "bbox": {"AP": 1.0}')
     Path(out, "checkpoint_0000099.pth.tmp").write_bytes(b"half a checkpoint")
     assert command(out, "--resume") == 0

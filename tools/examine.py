@@ -31,7 +31,7 @@ APART = "masks do not fit their boxes; tools/to_coco.py --boxes-from-masks mends
 
 def look(dataset, index):
     """Image `index` -> (its path, what would stop training or None, what is odd, its hash)."""
-    record, image_id = dataset.record(index), dataset.image_ids[index]
+    record = dataset.record(index)
     path, (width, height) = Path(dataset.image_dir, record["file_name"]), record["size"]
     odd = []
     try:
@@ -90,8 +90,7 @@ def examine(root, split, masks, recipe, problems, odd):
         dataset = None if found else data.open_split(root, split, recipe.keypoints > 0, masks=masks)
     except data.UserError as error:
         dataset, found = None, [str(error)]
-    # An image or a class with a fault is in the file all the same.
-    problems += [line for line in found if "not in the file" not in line] or found
+    problems += found
     if dataset is None:
         return None, [], {}
     labels, boxes, resized, counts, hashes = Counter(), [], [], [], {}

@@ -44,11 +44,11 @@ SPLITS |= {"valid": "val", "validation": "val", "test": "test", "testing": "test
 SPLITS |= {"valminusminival": "train", "minival": "val"}  # of COCO 2014; COCO 2017 has them so
 VOID = (255, 224 << 16 | 224 << 8 | 192)  # VOC's borders between objects: a number, or a colour
 TEXT = {"encoding": "utf-8-sig", "errors": "replace"}
-FOREIGN = dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"), "unpack it first")
+FOREIGN = dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"), "unpack it first")  # unread
 FOREIGN |= dict.fromkeys((".heic", ".heif", ".avif", ".jp2", ".dng", ".psd"), "save it as JPEG")
 JSON_FIELDS = {"COCO": {"images", "annotations", "categories"}, "labelme": {"shapes"}}
 JSON_FIELDS |= {"VIA": {"_via_img_metadata"}, "Label Studio's JSON": {"data", "annotations"}}
-JSON_FIELDS |= {"Supervisely's JSON": {"objects", "size"}}
+JSON_FIELDS |= {"Supervisely's JSON": {"objects", "size"}}  # by which JSON files are known
 
 
 class Source:
