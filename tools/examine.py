@@ -36,7 +36,7 @@ def look(dataset, index):
     odd = []
     try:
         for o in record["objects"]:
-            dataset.check_mask(o, image_id, (height, width))
+            dataset.check_mask(o, dataset.image_ids[index], (height, width))
             x, y, w, h = o["bbox"]
             box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
             extent = mend_mask(o["segmentation"], width, height)[1]
