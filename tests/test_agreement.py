@@ -233,13 +233,14 @@ def test_detections(golden, i):
         h, w = image.shape[-2:]
         size = [round(side * OUTPUT_SCALE) for side in (h, w)]
         boxes = ours["boxes"] * torch.tensor([size[1] / w, size[0] / h]).repeat(2)
-        pasted = evaluate.paste_masks(ours["masks"], boxes, *size).numpy()
-        # A pixel within rounding of the threshold 0.5 may fall on either side.
-        difference = np.abs(pasted[partner[found]].sum((1, 2)) - theirs["final_areas"][found])
-        assert difference.max() <= 3 and difference.mean() < 0.5
+        # A pixel within 0.002 of the threshold, the masks' tolerance, may fall on either side.
+        pair = [evaluate.paste_masks(ours["masks"] + e, boxes, *size) for e in (-2e-3, 2e-3)]
+        low, high = (masks.numpy()[partner] for masks in pair)  # [their detections, h, w]
+        area = theirs["final_areas"][found]
+        assert (low[found].sum((1, 2)) <= area).all() and (area <= high[found].sum((1, 2))).all()
         bits = np.unpackbits(theirs["final_masks"])[: len(found[::10]) * size[0] * size[1]]
-        for k, mask in enumerate(bits.reshape(-1, *size).astype(bool)):  # every tenth
-            assert not found[10 * k] or (pasted[partner[10 * k]] ^ mask).sum() <= 3
+        bits = bits.reshape(-1, *size).astype(bool)  # of every tenth
+        assert ((low[::10] <= bits) & (bits <= high[::10]))[found[::10]].all()
     if "keypoints" in theirs:
         features = model.features(model.batch([image])[0])
         heatmaps = model.keypoint_heatmaps(features, [ours["boxes"]])[0]

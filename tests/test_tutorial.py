@@ -37,9 +37,8 @@ class Pedestrians(torch.utils.data.Dataset):
             image[:, 20:60, x : x + 24] = 200
         masks = (mask == mask.unique()[1:, None, None]).to(torch.uint8)
         boxes = masks_to_boxes(masks)
-        size = boxes[:, 2:] - boxes[:, :2]
         target = {"image_id": index, "labels": torch.ones(2, dtype=torch.int64)}
-        target |= {"area": size.prod(dim=1), "iscrowd": torch.zeros(2, dtype=torch.int64)}
+        target |= {"area": masks.sum(dim=(1, 2)), "iscrowd": torch.zeros(2, dtype=torch.int64)}
         target["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(72, 96))
         target["masks"] = tv_tensors.Mask(masks)
         return self.transforms(tv_tensors.Image(image), target)

@@ -6,7 +6,7 @@ A fault is (moment, count), where all counts begin at 0. The process kills itsel
   log                                   with half of the count-th line of the log written
 or, before its count-th step,
   sigterm                               it gets a SIGTERM
-  nan                                   its mask loss is not a number from there on
+  nan                                   its loss of classes is not a number from there on
 """
 
 import itertools
@@ -41,12 +41,14 @@ TINY = train.Recipe(
 )  # fmt: skip
 
 
-def run_train(recipe, arguments, fault=None):
+def run_train(recipe, arguments, fault=None, pictures=False):
     """The command train.py with this recipe on the CPU; returns its exit code."""
     if fault:
         arrange(*fault)
     arguments = ["--recipe", "tiny", "--device", "cpu", "--workers", "0", *arguments]
-    with mock.patch.dict(train.RECIPES, tiny=recipe):
+    ending = train.show_results if pictures else lambda *_: None  # slow
+    ending = mock.patch.object(train, "show_results", ending)
+    with mock.patch.dict(train.RECIPES, tiny=recipe), ending:
         return evaluate.run_command("train.py", train.main, arguments)
 
 
@@ -71,8 +73,8 @@ def spoil_losses(change, patch=setattr):
     patch(detector.MaskRCNN, "losses", lambda *a: change(losses(*a), a[-1]))
 
 
-def nan_mask_loss(losses, _):
-    return losses | {"loss_mask": losses["loss_mask"] * float("nan")}
+def nan_loss(losses, _):
+    return losses | {"loss_classifier": losses["loss_classifier"] * float("nan")}
 
 
 def die(*_):
@@ -82,7 +84,7 @@ def die(*_):
 def arrange(moment, count):
     """Patch what train.py calls so that the fault happens."""
     at_steps = {"step": die, "sigterm": lambda: signal.raise_signal(signal.SIGTERM)}
-    at_steps["nan"] = lambda: spoil_losses(nan_mask_loss)
+    at_steps["nan"] = lambda: spoil_losses(nan_loss)
     calls, write_whole = itertools.count(), detector.write_whole
     called = {"sync": (os, "fsync"), "rename": (os, "replace"), "prune": (Path, "unlink")}
 
@@ -120,10 +122,7 @@ CONTEXT.set_forkserver_preload(["tiny_run"])
 
 
 def start(function, arguments, output):
-    """function(*arguments[rank]) in a process for each rank, which could join as under torchrun.
-
-    What they print is in the files OUTPUT.RANK.txt. Returns the processes.
-    """
+    """Processes as torchrun starts them: function(*arguments[rank]); output to OUTPUT.RANK.txt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
