@@ -1,10 +1,10 @@
 """The data: from the files of COCO to the batches that a detector is trained on.
 
-Everything here yields the same pair, (image, target): the image a uint8 RGB tensor [3, H, W], the
-target a dict of plain tensors in the pixels of that image. Nothing here knows about the model.
+`CocoDataset` yields pairs (image, target): the image a uint8 RGB tensor [3, H, W], the target a
+dict of plain tensors in the pixels of that image. Nothing here knows about the model.
 
-In reading order: COCO's pairs, subsets, transforms, sampler and loader, where the route of the
-random seed is told. The end is plumbing, not the paper: how files are read and checked.
+In reading order: COCO's pairs, subsets, transforms, sampler and loader. The end is plumbing, not
+the paper: how files are read and checked. Sizes of images are (height, width).
 
 Coordinates are continuous: pixel (row i, column j) covers the square [j, j + 1] x [i, i + 1], and a
 box (x1, y1, x2, y2) has the width x2 - x1 without a "+ 1" (Detectron2's convention).
@@ -32,9 +32,6 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import ops
 
-CONVERT = "convert a data set of another layout with tools/to_coco.py"
-MEND = "correct it, or let tools/to_coco.py mend it"
-
 
 class UserError(ValueError):
     """An error the user can fix: one sentence that says what is wrong, where, and what to do."""
@@ -53,21 +50,14 @@ class CocoDataset(Dataset):
 
     training: leave out objects that `is_usable` refuses, and images in which no object (keypoints:
     no labelled keypoint) remains, as Detectron does: 117,266 of train2017's 118,287 images stay.
-    keep_empty: keep images without any annotation, as background. subset: keep that many images.
+    subset: keep that many images.
 
-    Attributes: `image_ids`, `widths`, `heights`; `classes`, `category_ids`; `num_objects`,
-    `num_dropped` images, `num_without_mask` objects. Raises UserError for what is wrong in a file.
+    Attributes: `image_ids`, `heights`, `widths`; `classes`, `category_ids`; `num_objects`,
+    `num_dropped` images. Raises UserError for what is wrong in a file.
     """
 
     def __init__(
-        self,
-        image_dir,
-        annotation_file,
-        training=False,
-        masks=True,
-        keypoints=False,
-        subset=None,
-        keep_empty=False,
+        self, image_dir, annotation_file, training=False, masks=True, keypoints=False, subset=None
     ):
         self.image_dir = os.fspath(image_dir)
         self.annotation_file = os.fspath(annotation_file)
@@ -84,46 +74,29 @@ class CocoDataset(Dataset):
         labels = {category_id: k for k, category_id in enumerate(self.category_ids, start=1)}
         images = sorted(content["images"], key=lambda image: image["id"])
         objects = {image["id"]: [] for image in images}
-        count = len(content["annotations"])
-        for annotation in content["annotations"]:
-            annotation["label"] = labels[annotation["category_id"]]
-            objects[annotation["image_id"]].append(annotation)
-        without_mask = [masks and o["segmentation"] == [] for o in content.pop("annotations")]
-        self.num_without_mask = sum(without_mask)
-        if 0 < count == self.num_without_mask:
-            raise UserError(f"{annotation_file} has no masks; use --no-masks (masks=False).")
+        for o in content.pop("annotations"):
+            o["label"] = labels[o["category_id"]]
+            objects[o["image_id"]].append(o)
 
-        # 2) The images
+        # 2) The images that are used
         records = {}
         for image in images:
-            size, chosen = (image["width"], image["height"]), objects.pop(image["id"])
-            if training and (chosen or not keep_empty):
-                chosen = [o for o in chosen if is_usable(o, *size, masks)]
-                labelled = not keypoints or any(any(o["keypoints"][2::3]) for o in chosen)
-                if not chosen or not labelled:
+            size, chosen = (image["height"], image["width"]), objects.pop(image["id"])
+            if training:
+                chosen = [o for o in chosen if is_usable(o, size, masks)]
+                labelled = [o for o in chosen if o["num_keypoints"]] if keypoints else chosen
+                if not labelled:
                     continue
             record = {"file_name": image["file_name"], "size": size, "objects": chosen}
             records[image["id"]] = record
         if not records:
-            found = f"{count:,} objects in {len(images):,} images"
-            raise UserError(f"{annotation_file}: none of its {found} can be used.")
+            raise UserError(f"{annotation_file}: none of its {len(images):,} images can be used.")
         self.num_dropped = len(images) - len(records)
         self.image_ids = list(records) if subset is None else choose_subset(records, subset)
-
-        # 3) One flat tensor instead of millions of Python objects: workers share its memory (a
-        #    Python object is copied as soon as its reference count changes).
-        sizes, self.num_objects, self._ends, buffer = [], 0, [], bytearray()
-        for image_id in self.image_ids:
-            record = records.pop(image_id)
-            sizes.append(record["size"])
-            self.num_objects += len(record["objects"])
-            buffer += pickle.dumps(record)
-            self._ends.append(len(buffer))
-        self.widths, self.heights = np.array(sizes).T
-        self._records = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._pack(records)
 
     def record(self, index):
-        """An image's `file_name`, `size` (w, h) and `objects`: annotations with their `label`."""
+        """An image's `file_name`, `size` (H, W) and `objects`: annotations with their `label`."""
         start = self._ends[index - 1] if index > 0 else 0
         return pickle.loads(self._records[start : self._ends[index]].numpy())
 
@@ -136,13 +109,10 @@ class CocoDataset(Dataset):
     def load(self, index, min_size=None, max_size=None, flip=False):
         """dataset[index], mirrored if flip, resized to (min_size, max_size) if given."""
         record, image_id = self.record(index), self.image_ids[index]
-        objects = record["objects"]
-        width, height = record["size"]
-        old_size = new_size = height, width
-        if min_size is not None:
-            new_size = resize_shape(height, width, min_size, max_size)
+        objects, old_size = record["objects"], record["size"]
+        new_size = resize_shape(*old_size, min_size, max_size) if min_size else old_size
 
-        image = read_image(os.path.join(self.image_dir, record["file_name"]), record["size"])
+        image = read_image(os.path.join(self.image_dir, record["file_name"]), old_size)
         if flip:  # before resizing, where there are fewer pixels to move
             image = image.flip(2)
         image = resize_image(image, *new_size)
@@ -151,7 +121,7 @@ class CocoDataset(Dataset):
         boxes = ops.clip_boxes_to_image(ops.box_convert(boxes, "xywh", "xyxy"), old_size).float()
         target = {
             "image_id": image_id,
-            "boxes": resize_boxes(boxes, old_size, new_size, flip),
+            "boxes": move_boxes(boxes, old_size, new_size, flip),
             "labels": torch.tensor([o["label"] for o in objects], dtype=torch.int64),
             "iscrowd": torch.tensor([o["iscrowd"] for o in objects], dtype=torch.bool),
         }
@@ -165,8 +135,23 @@ class CocoDataset(Dataset):
             keypoints = torch.tensor([o["keypoints"] for o in objects], dtype=torch.float32)
             keypoints = keypoints.reshape(-1, len(KEYPOINT_NAMES), 3)
             keypoints[:, :, :2] += 0.5  # from the index of a pixel to its centre
-            target["keypoints"] = resize_keypoints(keypoints, old_size, new_size, flip)
+            target["keypoints"] = move_keypoints(keypoints, old_size, new_size, flip)
         return image, target
+
+    def _pack(self, records):
+        """Keep {image id: record} as one flat tensor instead of millions of Python objects.
+
+        Workers share its memory; a Python object is copied as soon as its reference count changes.
+        """
+        sizes, self.num_objects, self._ends, buffer = [], 0, [], bytearray()
+        for image_id in self.image_ids:
+            record = records.pop(image_id)
+            sizes.append(record["size"])
+            self.num_objects += len(record["objects"])
+            buffer += pickle.dumps(record)
+            self._ends.append(len(buffer))
+        self.heights, self.widths = np.array(sizes).T
+        self._records = torch.frombuffer(buffer, dtype=torch.uint8)
 
     def coco_gt(self):
         """The annotations as a pycocotools COCO object, for COCOeval; read again from the file.
@@ -182,9 +167,6 @@ class CocoDataset(Dataset):
                 self.check_mask(annotation, image_id, sizes[image_id])
             if annotation["segmentation"] == []:
                 annotation["segmentation"] = [[0] * 6]  # for pycocotools, a polygon without area
-            if self.keypoints:
-                labelled = sum(v > 0 for v in annotation["keypoints"][2::3])
-                annotation.setdefault("num_keypoints", labelled)
             annotation["id"] = number
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
@@ -198,29 +180,30 @@ class CocoDataset(Dataset):
             raise UserError(f"{self.annotation_file}: {name} {problem}; {MEND}.")
 
 
-def is_usable(annotation, width, height, masks):
-    """Whether an object of an image of width x height is trained on.
+def is_usable(o, size, masks):
+    """Whether an object (an annotation) of an image of size (H, W) is trained on.
 
     It must be no crowd, have a box with an area inside the image and, with masks, a mask. Detectron
     asks for area > 0 and sides > 1 pixel, and to it a proposal with IoU >= 0.5 to a crowd is
     foreground of the crowd's class. Here, as in Detectron2, crowds are no targets.
     """
-    x, y, w, h = annotation["bbox"]
-    inside_x = min(x + w, width) - max(x, 0)
-    inside_y = min(y + h, height) - max(y, 0)
-    has_area = min(w, h, inside_x, inside_y) >= 1e-3  # pixels; less would vanish in float32
-    has_mask = not masks or annotation["segmentation"] != []
-    return has_area and has_mask and not annotation["iscrowd"]
+    x, y, w, h = o["bbox"]
+    inside_x = min(x + w, size[1]) - max(x, 0)
+    inside_y = min(y + h, size[0]) - max(y, 0)
+    has_area = min(inside_x, inside_y) >= 1e-3  # pixels; less would vanish in float32
+    has_mask = not masks or o["segmentation"] != []
+    return has_area and has_mask and not o["iscrowd"]
 
 
 # -- Splits and subsets (Sec. 5.2) -----------------------------------------------------------------
 
 
 def choose_subset(image_ids, count):
-    """`count` of the image ids, in their order: those whose hash is smallest.
+    """The `count` image ids with the smallest hashes, in the order given.
 
-    A function of the ids alone, the same on every machine, and nested: the 1k images are among the
-    3.5k. Raises UserError if there are fewer.
+    They depend on the ids alone, not on the machine, and are nested: the 1k images are among the
+    3.5k. (The paper's own 35k are a split, valminusminival2014.) Raises UserError if there are
+    fewer.
     """
     chosen = set(sorted(image_ids, key=lambda i: hashlib.sha1(b"%d" % i).digest())[:count])
     if len(chosen) < count:
@@ -293,7 +276,7 @@ def resize_image(image, height, width):
     return resized[0]
 
 
-def resize_boxes(boxes, old_size, new_size, flip):
+def move_boxes(boxes, old_size, new_size, flip):
     """Boxes [N, 4] xyxy of an image of old_size (H, W), mirrored if flip, resized to new_size."""
     if flip:
         x1, y1, x2, y2 = boxes.unbind(1)
@@ -303,7 +286,7 @@ def resize_boxes(boxes, old_size, new_size, flip):
     return boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
 
 
-def resize_keypoints(keypoints, old_size, new_size, flip):
+def move_keypoints(keypoints, old_size, new_size, flip):
     """Keypoints [N, 17, 3] (x, y, v), mirrored if flip (left and right swap), then resized."""
     x, y, v = keypoints.unbind(2)
     if flip:
@@ -343,16 +326,16 @@ def paint_segmentation(mask, segmentation, old_size, flip):
 
 # -- Sampler and loader ----------------------------------------------------------------------------
 
-# The route of the seed: train.py --seed -> BatchSampler -> TrainingSet -> model.py. Every generator
-# is made anew, of the seed, the iteration and the place, and none is kept:
+# The route of the seed: train.py --seed -> BatchSampler -> TrainingSet -> model.py. No state of a
+# generator is kept: each is made anew, from numbers that say where in the run it is used.
 #
 #   1) BatchSampler   shuffles each epoch by (seed, epoch), and gives each image of a batch its own
-#                     seed: a function of (seed, iteration, its position in the whole batch)
+#                     seed: a function of (seed, iteration, position in the whole batch)
 #   2) TrainingSet    draws size and flip from the image's seed and passes it on as target["seed"]
 #   3) model.py       `generator_of` seeds the choice of the image's anchors and RoIs with it
 #
-# So a resumed run, a shared trunk and any number of workers make the same choices. Another split of
-# the batch over GPUs does not: its groups hold other images.
+# So a resumed run, a shared trunk and any number of workers make the same choices. With another
+# images_per_gpu, the groups and so the batches hold other images.
 
 
 def seed_of(*numbers):
@@ -389,13 +372,13 @@ class BatchSampler(Sampler):
         return rng.permutation(np.concatenate(groups))
 
     def __iter__(self):
-        stream = itertools.chain.from_iterable(map(self.epoch_groups, itertools.count()))
-        first_group = self.start_iteration * self.world_size + self.rank
-        groups = itertools.islice(stream, first_group, None, self.world_size)
-        first = self.rank * self.images_per_gpu
-        positions = range(first, first + self.images_per_gpu)  # in the whole batch
-        for iteration, group in enumerate(groups, start=self.start_iteration):
-            seeds = [seed_of(self.seed, iteration, position) for position in positions]
+        groups = itertools.chain.from_iterable(map(self.epoch_groups, itertools.count()))
+        start = self.start_iteration * self.world_size + self.rank
+        own_groups = itertools.islice(groups, start, None, self.world_size)
+        batch = range(self.world_size * self.images_per_gpu)  # positions in the whole batch
+        own_positions = batch[self.rank * self.images_per_gpu :][: self.images_per_gpu]
+        for iteration, group in enumerate(own_groups, start=self.start_iteration):
+            seeds = [seed_of(self.seed, iteration, position) for position in own_positions]
             yield list(zip(group.tolist(), seeds))
 
 
@@ -428,13 +411,12 @@ class TrainingSet(Dataset):
 
 
 def read_ahead(dataset, workers, keys):
-    """dataset[key] of each key, in order, which `workers` processes read ahead.
+    """Yields dataset[key] for each key, in order; `workers` processes read ahead.
 
     Keys may come from a generator without end. An item may be a whole batch: hence no batch_size.
     """
-    settings = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    settings |= {"batch_size": None, "worker_init_fn": ignore_interrupts}
-    return DataLoader(dataset, sampler=keys, **settings)
+    settings = {"num_workers": workers, "worker_init_fn": ignore_interrupts}
+    return DataLoader(dataset, sampler=keys, batch_size=None, **settings)
 
 
 def ignore_interrupts(_):
@@ -443,6 +425,9 @@ def ignore_interrupts(_):
 
 
 # -- Reading and checking: images ------------------------------------------------------------------
+
+CONVERT = "convert a data set of another layout with tools/to_coco.py"
+MEND = "correct it, or let tools/to_coco.py mend it"
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 megapixels
 
@@ -456,24 +441,25 @@ def read_image(path, size=None):
     """Read an image file as RGB, uint8 [3, H, W]. UserError if it cannot be read or does not fit.
 
     An orientation in the file's EXIF data is applied, except when only the image as stored has the
-    annotated `size` (w, h).
+    annotated `size` (H, W).
     """
     advice = f"; {MEND}" if size else ""
     try:
         with Image.open(path) as stored:
             image = ImageOps.exif_transpose(stored)
-            if size and image.size != tuple(size):
+            if size and (image.height, image.width) != tuple(size):
                 image = stored
-            if image.mode.startswith(("I", "F")):  # PIL would cut them off at 255
-                raise ValueError("it has more than 8 bits a channel: save it with 8")
+            is_deep = image.mode.startswith(("I", "F"))
             array = np.array(image.convert("RGB"))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{path} is too large; cut it into tiles.") from None
     except Exception as error:  # a damaged file can make a decoder fail in any way
         raise UserError(f"{path} cannot be used ({first_line(error)}){advice}.") from error
-    found = array.shape[1::-1]
-    if size and found != tuple(size):
-        raise UserError(f"{path} has {found} pixels, and {tuple(size)} as annotated{advice}.")
+    if is_deep:  # PIL has cut it off at 255
+        raise UserError(f"{path} has more than 8 bits a channel; save it with 8.")
+    if size and array.shape[:2] != tuple(size):
+        stated = f"{array.shape[:2]} pixels (height, width), and {tuple(size)} as annotated"
+        raise UserError(f"{path} has {stated}{advice}.")
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
@@ -499,8 +485,9 @@ def read_coco(file, masks=False, keypoints=False):
     """The checked content of a COCO annotation file, with what it may leave out.
 
     A file without "annotations" (COCO's test splits) is one without objects. "iscrowd" is 0 and
-    "area" that of the box. Polygons of fewer than three points are left out, as in Detectron2, and
-    a segmentation that covers nothing becomes []. Raises UserError for what is wrong.
+    "area" that of the box; "num_keypoints" is counted. Polygons of fewer than three points are left
+    out, as in Detectron2, and a segmentation that covers nothing becomes []. Raises UserError for
+    what is wrong.
     """
     content = read_json(file)
     problem = next(coco_problems(content, file, masks, keypoints), None)
@@ -517,6 +504,11 @@ def read_coco(file, masks=False, keypoints=False):
         elif not any(run_lengths(shape)[1::2]):
             shape = []
         annotation["segmentation"] = shape
+        if keypoints:
+            annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
+    objects = content["annotations"]
+    if masks and objects and not any(o["segmentation"] for o in objects):
+        raise UserError(f"{file} has no masks; use --no-masks (masks=False).")
     return content
 
 
@@ -528,13 +520,12 @@ def are_numbers(values, count):
 
 
 def is_segmentation(value):
-    """Whether a JSON value has the form of an RLE or of polygons, which are flat lists."""
+    """Whether a JSON value is missing, or has the form of an RLE or of polygons: flat lists."""
     if isinstance(value, dict):
         return isinstance(value.get("counts"), (list, str))
-    if value is None:
-        return True
-    is_list = isinstance(value, list) and all(isinstance(polygon, list) for polygon in value)
-    return is_list and not any(isinstance(x, list) for polygon in value for x in polygon[:1])
+    parts = value or []
+    are_lists = isinstance(parts, list) and all(isinstance(polygon, list) for polygon in parts)
+    return are_lists and not any(isinstance(x, list) for polygon in parts for x in polygon[:1])
 
 
 # What the entries of COCO's lists must hold: {list: [(field, in words, test), ...]}.
@@ -566,7 +557,7 @@ def coco_problems(content, file, masks=False, keypoints=False):
         yield f'{file} is not a COCO annotation file: it needs "images" and "categories".'
         return
     unused = ["segmentation"] * (not masks) + ["keypoints"] * (not keypoints)
-    known = {"images": set(), "categories": set(), "names": set()}
+    known = {"images": set(), "categories": set(), "class names": set()}
     one = {"images": "image", "categories": "category", "annotations": "annotation"}
     for kind in one:
         for entry in content.get(kind, []):
@@ -575,7 +566,8 @@ def coco_problems(content, file, masks=False, keypoints=False):
                 yield f"{file}: {one[kind]} {entry.get('id')} {problem}; {MEND}."
             if kind != "annotations":
                 known[kind].add(entry.get("id"))
-                known["names"].add(entry.get("name"))
+            if kind == "categories":
+                known["class names"].add(entry.get("name"))
 
 
 def entry_problem(kind, entry, known, unused):
@@ -590,7 +582,7 @@ def entry_problem(kind, entry, known, unused):
     elif entry["id"] in known[kind]:
         return "appears twice"
     elif kind == "categories":
-        if entry["name"] in known["names"]:
+        if entry["name"] in known["class names"]:
             return f"has the name of another, {entry['name']!r}"
         if "keypoints" not in unused and entry.get("keypoints", KEYPOINT_NAMES) != KEYPOINT_NAMES:
             return "has other keypoints than COCO's 17"

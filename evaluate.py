@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import WeightsError, check_images, load_model, write_whole
+from model import WeightsError, check_images, has_area, load_model, write_whole
 
 # -- Prediction on an image ------------------------------------------------------------------------
 
@@ -95,14 +95,14 @@ def predict_image(model, image, min_size=None, max_size=None, tta=False):
         view = data.resize_image(image, *resized)
         [detections] = model([view.to(model.image_mean.device)])
 
-    # In the pixels of the image; float32 again, where amp made it bfloat16
-    moved = {k: v.cpu() if k == "labels" else v.cpu().float() for k, v in detections.items()}
-    boxes = data.resize_boxes(moved["boxes"], resized, size, flip=False)
-    moved["boxes"] = ops.clip_boxes_to_image(boxes, size)
-    if "keypoints" in moved:
-        moved["keypoints"] *= torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
-    has_area = (moved["boxes"][:, 2:] > moved["boxes"][:, :2]).all(dim=1)
-    return {name: value[has_area] for name, value in moved.items()}
+    # On the CPU, in the pixels of the image; float32 again, where amp made it bfloat16
+    found = {k: v.cpu() if k == "labels" else v.cpu().float() for k, v in detections.items()}
+    boxes = data.move_boxes(found["boxes"], resized, size, flip=False)
+    found["boxes"] = ops.clip_boxes_to_image(boxes, size)
+    if "keypoints" in found:
+        found["keypoints"] *= torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
+    kept = has_area(found["boxes"])
+    return {name: value[kept] for name, value in found.items()}
 
 
 def paste_masks(masks, boxes, height, width):
@@ -116,18 +116,18 @@ def paste_mask(mask, box, height, width):
     """One mask [M, M] of a box (x1, y1, x2, y2) as bool [height, width], as Detectron2 pastes it.
 
     Bilinear interpolation at the centres of pixels, i + 0.5, with zeros around the mask. Outside of
-    the box they leave less than 0.5, so only its own pixels are computed.
+    the box the result is below 0.5, so only the pixels inside are computed.
     """
     x1, y1, x2, y2 = box
     left, top, right, bottom = round(x1), round(y1), round(x2), round(y2)
     x = (torch.arange(left, right) + 0.5 - x1) * 2 / (x2 - x1) - 1  # -1 .. 1 across the box
     y = (torch.arange(top, bottom) + 0.5 - y1) * 2 / (y2 - y1) - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [rows, columns, 2]
-    image = torch.zeros(height, width, dtype=torch.bool)
+    pasted = torch.zeros(height, width, dtype=torch.bool)
     if grid.numel() > 0:
         inside = F.grid_sample(mask[None, None], grid[None], align_corners=False)
-        image[top:bottom, left:right] = inside[0, 0] >= 0.5
-    return image
+        pasted[top:bottom, left:right] = inside[0, 0] >= 0.5
+    return pasted
 
 
 # -- Test-time augmentation (Sec. 5.1, Fig. 5, as in Detectron): every scale, also mirrored --------
@@ -151,7 +151,7 @@ def tta_views(size, min_size, max_size):
 
 
 def predict_views(model, image, views):
-    """Detections of one image [3, H, W] from many views, as one model call gives them for views[0].
+    """Detections of one image [3, H, W] from many views, in the pixels of views[0].
 
     1) Scores and boxes of all views are united *before* score threshold and NMS: the views compete
        like the proposals of one image.
@@ -170,7 +170,7 @@ def predict_views(model, image, views):
         proposals = model.proposals(view_features, sizes)
         [(view_scores, view_boxes)] = model.box_predictions(view_features, proposals, sizes)
         scores.append(view_scores)  # [P, K + 1]
-        moved = data.resize_boxes(view_boxes.flatten(0, 1), shape, own, flip)
+        moved = data.move_boxes(view_boxes.flatten(0, 1), shape, own, flip)
         boxes.append(moved.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
         if model.config.masks:  # in float32, 1.8 GB for an image of COCO
             features.append(view_features)
@@ -184,7 +184,7 @@ def predict_views(model, image, views):
 
     masks = 0
     for (shape, flip), view_features in zip(views, features):
-        moved = data.resize_boxes(detections["boxes"], own, shape, flip)
+        moved = data.move_boxes(detections["boxes"], own, shape, flip)
         [view_masks] = model.mask_probabilities(view_features, [moved], [detections["labels"]])
         masks = masks + (view_masks.flip(-1) if flip else view_masks)
     detections["masks"] = masks / len(views)
@@ -201,10 +201,13 @@ def vote_boxes(detections, scores, boxes, score_threshold):
     [P, K + 1] and boxes: [P, K or 1, 4], all of them. Returns [N, 4]; scores do not change.
     """
     voted = detections["boxes"].clone()
+    boxes = boxes.expand(
+        -1, scores.shape[1] - 1, -1
+    )  # [P, K, 4]; of a cascade, one for all classes
     for label in detections["labels"].unique().tolist():
         kept = detections["labels"] == label
         voters = scores[:, label] > score_threshold
-        candidates = boxes[voters, min(label, boxes.shape[1]) - 1]  # cascade: one for all classes
+        candidates = boxes[voters, label - 1]
         agree = ops.box_iou(voted[kept], candidates) >= TTA_VOTE_IOU
         weights = agree * scores[voters, label]
         total = weights.sum(dim=1, keepdim=True)  # 0: a box without area, of IoU 0 with itself
@@ -223,8 +226,8 @@ def vote_boxes(detections, scores, boxes, score_threshold):
 #     precision = right ones so far / detections so far,    recall = right ones so far / objects
 #
 # AP at t is the area under precision over recall, where precision is the best at this or any higher
-# recall. AP50 and AP75: t = 0.5 and 0.75, mean over the classes; COCO's AP: mean over t = 0.5,
-# 0.55, ..., 0.95 as well; APs, APm, APl: of objects below 32^2, up to 96^2, and above 96^2 pixels.
+# recall. AP50 is the mean over the classes at t = 0.5, and AP75 at 0.75. COCO's AP is the mean over
+# t = 0.5, 0.55, ..., 0.95, too. APs, APm, APl: objects below 32^2, up to 96^2, above 96^2 pixels.
 # IoU is that of boxes for "bbox" and of masks for "segm"; keypoints have a similarity of their own.
 
 
@@ -243,42 +246,36 @@ def evaluate(model, dataset, out=None, tta=False, workers=2, amp=False, metric=N
     None where there is no object to find. Each has "per_class", too: {class: AP}. Raises UserError
     where data set and model have different classes.
     """
-    check_classes(model, dataset)
+    advice = "metrics need the same; see detections with --images, or train with train.py --init"
+    # (Weights of other projects may name no classes.)
+    named = model.data_settings["classes"] or dataset.classes
+    data.check_classes(dataset, named, "the weights", advice)
     truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
     rank, world_size = rank_and_size()
-    positions = range(rank, len(dataset), world_size)
+    indices = range(rank, len(dataset), world_size)
     device = model.image_mean.device.type
     with evaluation_mode(model), torch.autocast(device, torch.bfloat16, enabled=amp):
-        share = predict_dataset(model, dataset, positions, tta, workers, progress=rank == 0)
-    by_image = {image_id: found for share in gather(share) for image_id, found in share.items()}
+        share = predict_dataset(model, dataset, indices, tta, workers, progress=rank == 0)
+    by_image = {}
+    for their_share in gather(share):
+        by_image |= their_share
     # In the data set's order, whatever the number of processes
     results = [result for image_id in dataset.image_ids for result in by_image[image_id]]
     return write_and_measure(model, dataset, truth, results, out, metric)
 
 
-def check_classes(model, dataset):
-    """Raise UserError if the model is for other classes than those of the data set."""
-    advice = "metrics need the same; see detections with --images, or train with train.py --init"
-    named = model.data_settings["classes"] or dataset.classes  # None: weights of other projects
-    data.check_classes(dataset, named, "the weights", advice)
-    if model.config.num_classes != len(named):
-        numbers = f"has {len(named)} classes, the weights have {model.config.num_classes}"
-        raise UserError(f"{dataset.annotation_file} {numbers}; {advice}.")
-
-
-def predict_dataset(model, dataset, positions, tta, workers, progress):
-    """{image id: results in COCO's submission format} of the images at `positions`.
+def predict_dataset(model, dataset, indices, tta, workers, progress):
+    """{image id: results in COCO's submission format} of the images at these indices.
 
     One image at a time: in a batch, through GroupNorm, the padding would make a result depend on
     its neighbours.
     """
     images = copy.copy(dataset)
     images.masks = images.keypoints = False  # the objects to find: pycocotools reads them itself
-    loader = data.read_ahead(images, workers, positions)
+    loader = data.read_ahead(images, workers, indices)
+    bar = tqdm(loader, "evaluate", len(indices), leave=False, disable=not progress)
     results = {}
-    for image, target in tqdm(
-        loader, "evaluate", len(positions), leave=False, disable=not progress
-    ):
+    for image, target in bar:
         detections = predict_image(model, image, tta=tta)
         found = results[target["image_id"]] = []
         for label, result in to_results(detections, image.shape[1:]):
@@ -292,7 +289,7 @@ def to_results(detections, size):
 
     detections: as from `predict_image`; size: (H, W). A dict has `score`, `bbox` [x, y, width,
     height], and `segmentation` (compressed RLE) and `keypoints` [51] where the model has them.
-    Numbers are rounded here, once: the metrics are computed from the very values that are written.
+    Numbers are rounded here, once: the metrics use exactly the numbers in the file.
     """
 
     def rounded(values):
@@ -315,27 +312,25 @@ def to_results(detections, size):
     return pairs
 
 
-RESULTS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # kind -> its field
-
-
 def write_and_measure(model, dataset, truth, results, out, metric):
     """Write the files of results and compute the metrics, as `evaluate` returns them."""
-    is_voc = metric == "voc"
+    kinds = {"bbox": "bbox"}
+    kinds |= {"segm": "segmentation"} if model.config.masks else {}
+    kinds |= {"keypoints": "keypoints"} if model.config.keypoints else {}
+    by_kind = {}
+    for kind, field in kinds.items():  # pycocotools takes the kind of a result from its fields
+        fields = ("image_id", "category_id", "score", field)
+        by_kind[kind] = [{name: result[name] for name in fields} for result in results]
+    if out is not None and rank_and_size()[0] == 0:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for kind, of_kind in by_kind.items():
+            write_whole(Path(out, f"results_{kind}.json"), json.dumps(of_kind).encode())
     if metric is None:
         is_voc = any("difficult" in annotation for annotation in truth.dataset["annotations"])
-    metrics = {}
-    used = {"bbox": True, "segm": model.config.masks, "keypoints": model.config.keypoints}
-    for kind in [kind for kind in RESULTS if used[kind]]:
-        others = set(RESULTS.values()) - {RESULTS[kind]}
-        chosen = [{k: v for k, v in result.items() if k not in others} for result in results]
-        if out is not None and rank_and_size()[0] == 0:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            write_whole(Path(out, f"results_{kind}.json"), json.dumps(chosen).encode())
-        if not is_voc:
-            metrics[kind] = coco_metrics(truth, chosen, kind, dataset)
-    if is_voc:
-        metrics["voc"] = voc_metrics(truth, results, dataset)
-    return metrics
+        metric = "voc" if is_voc else "coco"
+    if metric == "voc":
+        return {"voc": voc_metrics(truth, results, dataset)}
+    return {kind: coco_metrics(truth, by_kind[kind], kind, dataset) for kind in by_kind}
 
 
 def coco_metrics(truth, results, kind, dataset):
@@ -369,9 +364,9 @@ def voc_metrics(truth, results, dataset):
     """{"mAP50": mean of `voc_average_precision` over the classes, "per_class": {class: AP50}}."""
     values = []
     for category_id in dataset.category_ids:
-        both = results, truth.dataset["annotations"]
-        of_class = [[o for o in ones if o["category_id"] == category_id] for ones in both]
-        values.append(voc_average_precision(*of_class))
+        found = [result for result in results if result["category_id"] == category_id]
+        objects = [o for o in truth.dataset["annotations"] if o["category_id"] == category_id]
+        values.append(voc_average_precision(found, objects))
     per_class = dict(zip(dataset.classes, [percent([value]) for value in values]))
     return {"mAP50": percent(values), "per_class": per_class}
 
@@ -461,7 +456,7 @@ def draw(image, detections, classes=None, score=0.5):
     if not order:
         return picture
     shown = {name: value[order].cpu() for name, value in detections.items()}
-    boxes = data.resize_boxes(shown["boxes"], size, new_size, flip=False)
+    boxes = data.move_boxes(shown["boxes"], size, new_size, flip=False)
     colors = [COLORS[i % len(COLORS)] for i in order]
     if "masks" in shown:
         masks = shown["masks"]
@@ -525,8 +520,11 @@ def main(arguments=None):
     model = load_model(args.weights).to(device)
     if args.images:
         if rank == 0:
+            paths, out = find_images(args.images), args.out or "."
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                print_detections(args, model)
+                for *files, found in predict_files(model, paths, out, args.score, args.tta):
+                    print(*files, f"{len(found['scores'])} detections", sep="  ")
+            print(f"{out}/detections.json")
         return
     masks, keypoints = model.config.masks, bool(model.config.keypoints)
     dataset = data.open_split(args.data, args.split, masks=masks, keypoints=keypoints)
@@ -536,8 +534,6 @@ def main(arguments=None):
         if args.per_class:
             print(format_classes(metrics) + "\n")
         print(format_table(metrics))
-        if args.out:
-            print(f"results: {args.out}/results_*.json")
 
 
 def make_parser():
@@ -559,18 +555,6 @@ def make_parser():
     add("--workers", type=int, default=2, help="processes that read the images of --data (2)")
     add("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one, else cpu)")
     return parser
-
-
-def print_detections(args, model):
-    """`--images`: a table of detections for each image; pictures and JSON in the folder --out."""
-    out, paths = args.out or ".", find_images(args.images)
-    for path, picture, found in predict_files(model, paths, out, args.score, args.tta):
-        print(f"{path} -> {picture}")
-        boxes = found["boxes"].tolist()
-        for label, score, box in zip(found["labels"], found["scores"], boxes):
-            name = class_name(label, model.data_settings["classes"])
-            print(f"  {name:20}{score:6.2f}" + "".join(f"{corner:9.1f}" for corner in box))
-    print(f"{out}/detections.json")
 
 
 def find_images(paths):
@@ -595,17 +579,16 @@ def start_processes(device_name=None):
 
     device_name: "cpu", "cuda", "cuda:1", ...; None: cuda where there is one.
     """
-    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    rank, local_rank, world_size = (int(os.environ.get(*pair)) for pair in defaults.items())
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         count = torch.cuda.device_count()
         if device.index >= count:
-            raise UserError(
-                f"There is no {device}: start at most {count} processes (--nproc-per-node), or use "
-                "--device cpu."
-            )
+            advice = f"start at most {count} processes (--nproc-per-node), or use --device cpu"
+            raise UserError(f"There is no {device}: {advice}.")
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()

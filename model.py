@@ -9,13 +9,12 @@ The file follows an image through the detector:
 Conventions are torchvision's. Boxes are [x1, y1, x2, y2] in continuous pixel coordinates: a pixel
 is a unit square, the whole image is [0, 0, width, height], and nothing ever adds 1. Label 0 is
 background, 1..K are the classes. In shape comments, B: images of the batch, A: anchors of an image,
-G: ground-truth objects of an image, N: boxes of an image, P: proposals of an image, S: samples of
-an image, R: RoIs of all images together, C: channels, K: classes. Where the paper is silent and its
-code bases differ, a comment says what is done here; docs/paper-map.md has the list.
+G: ground-truth objects of an image, P: proposals of an image, S: samples of an image, R: RoIs of
+all images together, C: channels, K: classes, N: any number. Where the paper is silent and its code
+bases differ, a comment says what is done here; docs/paper-map.md has the list.
 """
 
 import dataclasses
-import functools
 import io
 import math
 import os
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import ops
 
-from norms import make_norm
+from norms import NORMS
 
 
 def require(condition, message):
@@ -42,11 +41,10 @@ def require(condition, message):
 class Config:
     """Every number of the detector. Defaults: the paper's R50-FPN with GN, as Detectron has it.
 
-    `build_model` makes it and adds what the names imply: Config(backbone="resnet101") alone has
-    ResNet-50's blocks.
+    It is made by `build_model` (below), which adds what the names of backbone and norm imply.
     """
 
-    backbone: str = "resnet50"  # a name in BACKBONES; build_model adds what it changes
+    backbone: str = "resnet50"  # a name in BACKBONES
     norm: str = "gn"  # "gn", "syncbn", "bn", "frozen_bn", "none" (norms.py)
     num_classes: int = 80  # without background
     masks: bool = True
@@ -60,7 +58,7 @@ class Config:
     blocks: tuple = (3, 4, 6, 3)  # bottlenecks in res2..res5
     groups: int = 1  # ResNeXt: cardinality
     width_per_group: int = 64  # channels of a group in res2; they double from stage to stage
-    stem_width: int = 64  # smaller in the narrow networks of tests and of the generated data
+    stem_width: int = 64  # channels of the stem; res2 has 4 times as many, res3 8 times, ...
     stride_in_1x1: bool = False  # MSRA's weights and many of Detectron2's have it there
     freeze_at: int = 0  # number of frozen stages; 2 (stem, res2) when fine-tuning
     fpn_channels: int = 256
@@ -104,9 +102,6 @@ class Config:
     keypoint_head_channels: int = 512
 
     def __post_init__(self):
-        levels = 1 if self.backbone == "vgg16" else 5
-        is_right = len(self.anchor_sizes) == levels and len(set(map(len, self.anchor_sizes))) == 1
-        require(is_right, f"anchor_sizes must be {levels} tuples of equal length, one a level.")
         is_right = self.box_class_agnostic or not self.cascade
         require(is_right, "cascade needs box_class_agnostic: stages hand on one box of each RoI.")
         require(max(self.image_mean) <= 1, "image_mean is that of images in [0, 1].")
@@ -136,6 +131,21 @@ BACKBONES = {
     },
 }
 
+
+def build_model(backbone="resnet50", norm="gn", num_classes=80, **settings):
+    """A MaskRCNN with random weights; any field of Config can be given as an argument.
+
+    What backbone (BACKBONES), norm and cascade imply, `settings` can override.
+    """
+    require(backbone in BACKBONES, f"backbone must be one of {', '.join(BACKBONES)}.")
+    implied = {"backbone": backbone, "norm": norm, "num_classes": num_classes}
+    if norm in ("frozen_bn", "none"):
+        implied |= {"box_head_convs": 0, "box_head_fcs": 2}
+    if settings.get("cascade"):
+        implied |= {"box_class_agnostic": True}
+    return MaskRCNN(Config(**implied | BACKBONES[backbone] | settings))
+
+
 # -- Boxes: overlap, coding, clipping, suppression -------------------------------------------------
 
 # A predicted box is at most 1000/16 times as wide and as high as its anchor: exp() of a wild early
@@ -154,8 +164,8 @@ def encode_boxes(truth, boxes):
 
         dx = (x* - x) / w    dy = (y* - y) / h    dw = log(w* / w)    dh = log(h* / h)
 
-    which scaling the image does not change. The box head's targets are multiplied by weights of one
-    over their usual spread, so that all four count alike in the loss: the centre of a proposal is
+    They do not change when the image is scaled. The box head's targets are multiplied by weights,
+    1 / (their usual spread), so that all four count alike in the loss: the centre of a proposal is
     off by about 0.1 of its size, and its size by a factor of about e^0.2, hence 10, 10, 5, 5.
     """
     size = boxes[..., 2:] - boxes[..., :2]
@@ -166,12 +176,14 @@ def encode_boxes(truth, boxes):
 
 
 def decode_boxes(deltas, boxes):
-    """The inverse of `encode_boxes`: deltas [..., 4] applied to boxes [..., 4] (broadcast)."""
+    """The inverse of `encode_boxes`: deltas [..., 4] applied to boxes [..., 4] (broadcast).
+
+    x* = x + dx w    y* = y + dy h    w* = w exp(dw)    h* = h exp(dh)
+    """
     size = boxes[..., 2:] - boxes[..., :2]
-    half = 0.5 * size
-    centre = boxes[..., :2] + half + deltas[..., :2] * size
-    half = half * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
-    return torch.cat([centre - half, centre + half], dim=-1)
+    centre = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size
+    size = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
 
 
 def nms(boxes, scores, groups, threshold, most):
@@ -196,9 +208,10 @@ class Samples(NamedTuple):
 
 
 def overlaps(truth, boxes):
-    """IoU of objects [G, 4] with boxes [N, 4]: [G + 1, N].
+    """IoU, intersection over union, of objects [G, 4] with boxes [N, 4]: [G + 1, N].
 
-    The last row is 0, for an object without area: an image without objects needs no other case.
+    The last row is that of an added object without area, so that there is a maximum over the
+    objects even in an image that has none.
     """
     return ops.box_iou(F.pad(truth, (0, 0, 0, 1)), boxes)
 
@@ -209,7 +222,8 @@ def match_boxes(target, boxes, threshold):
     The label is 0, background, where the IoU is below the threshold.
     """
     iou, matched = overlaps(target["boxes"], boxes).max(dim=0)
-    return matched, F.pad(target["labels"], (0, 1))[matched].masked_fill(iou < threshold, 0)
+    labels = F.pad(target["labels"], (0, 1))[matched]
+    return matched, labels.masked_fill(iou < threshold, 0)
 
 
 def sample(labels, batch_size, positive_fraction, generator):
@@ -244,7 +258,7 @@ class ConvNorm(nn.Module):
         bias = norm == "none"
         padding = kernel // 2
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, 1, groups, bias)
-        self.norm = make_norm(norm, outputs)
+        self.norm = NORMS[norm](outputs)
         self.relu = relu
 
     def forward(self, x):  # [N, C, H, W] -> [N, C', H / stride, W / stride]
@@ -307,8 +321,8 @@ class ResNet(Backbone):
             width = config.groups * config.width_per_group * 2**i
             for j in range(config.blocks[i]):
                 stride = 2 if i > 0 and j == 0 else 1
-                convs = (inputs, width, outputs, config.norm, stride)
-                stage.append(Bottleneck(*convs, config.groups, config.stride_in_1x1))
+                shape = (inputs, width, outputs, config.norm, stride)
+                stage.append(Bottleneck(*shape, config.groups, config.stride_in_1x1))
                 inputs = outputs
             setattr(self, f"res{i + 2}", stage)
         stages = [self.stem, self.res2, self.res3, self.res4, self.res5]
@@ -380,18 +394,17 @@ class FPN(nn.Module):
 # -- RPN -------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=32)  # 270,000 boxes for an image of 800 x 1333: 4 MB
-def make_anchors(shapes, strides, sizes, ratios, device):
-    """Anchors of one image for each level: a list of [h * w * len(sizes) * len(ratios), 4].
+def make_anchors(shapes, strides, anchor_sizes, ratios, device):
+    """Anchors of one image for each level: a list of [h * w * sizes * ratios, 4].
 
-    shapes: (h, w) of each level; sizes: sqrt(area) in pixels of each level; ratios: h / w; tuples.
+    shapes: (h, w) of each level; anchor_sizes: sqrt(area) in pixels of each level; ratios: h / w.
     Centred on (x * stride, y * stride), unrounded, and kept when they cross the image border
     (Detectron2). Order: row, column, size, ratio.
     """
     anchors = []
-    for (h, w), stride, level_sizes in zip(shapes, strides, sizes):
-        wh = [(s / math.sqrt(r), s * math.sqrt(r)) for s in level_sizes for r in ratios]
-        half = torch.tensor(wh).to(device, non_blocking=True) / 2  # [sizes * ratios, 2]
+    for (h, w), stride, sizes in zip(shapes, strides, anchor_sizes, strict=True):
+        wh = [(s / math.sqrt(r), s * math.sqrt(r)) for s in sizes for r in ratios]
+        half = torch.tensor(wh, device=device) / 2  # [sizes * ratios, 2]
         y, x = (torch.arange(n, device=device) * stride for n in (h, w))
         y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x, y], dim=-1).view(-1, 1, 2)  # [h * w, 1, 2]
@@ -405,7 +418,7 @@ class RPN(nn.Module):
     def __init__(self, config, channels, strides):
         super().__init__()
         self.config = config
-        self.strides = tuple(strides)
+        self.strides = strides
         per_location = len(config.anchor_sizes[0]) * len(config.anchor_ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, per_location, 1)
@@ -422,7 +435,7 @@ class RPN(nn.Module):
                 level_deltas = self.deltas(x.float()).permute(0, 2, 3, 1)  # [B, h, w, 3 * 4]
             objectness.append(level_objectness.flatten(1))
             deltas.append(level_deltas.reshape(len(x), -1, 4))
-        shapes = tuple(tuple(level.shape[-2:]) for level in features)
+        shapes = [level.shape[-2:] for level in features]
         c, device = self.config, features[0].device
         anchors = make_anchors(shapes, self.strides, c.anchor_sizes, c.anchor_ratios, device)
         return objectness, deltas, anchors
@@ -494,7 +507,7 @@ class RPN(nn.Module):
 
 
 def roi_levels(boxes, strides):
-    """The index of the level that each box [..., 4] is pooled from: [...] int64.
+    """The index of the level that each box [R, 4] is pooled from: [R] int64.
 
     A box of 224^2 pixels, ImageNet's crop, goes to P4, one of half that side to P3, and so on:
     k = floor(4 + log2(sqrt(w h) / 224)), clipped to P2..P5 (Eq. 1 of the FPN paper).
@@ -505,20 +518,20 @@ def roi_levels(boxes, strides):
     return level.clamp(lowest, highest).long() - lowest
 
 
-def multilevel_roi_align(features, strides, rois, size, sampling_ratio):
-    """RoIAlign over levels: [R, C, size, size] from P2..P5 (or one level) and rois [R, 5].
+def multilevel_roi_align(features, strides, rois, bins, sampling_ratio):
+    """RoIAlign over levels: [R, C, bins, bins] from P2..P5 (or one level) and rois [R, 5].
 
-    RoIAlign (Mask R-CNN, Sec. 3) divides a box into size x size bins and averages each over
+    RoIAlign (Mask R-CNN, Sec. 3) divides a box into bins x bins bins and averages each over
     sampling_ratio^2 points (0: as many as the bin has pixels), which it interpolates between the
     four pixels around a point: nothing is rounded to whole pixels. `aligned`: the value of pixel i
     is that at i + 1/2, its centre, as everywhere in this file.
     """
     levels = roi_levels(rois[:, 1:], strides)
-    pooled = rois.new_zeros(len(rois), features[0].shape[1], size, size)
+    pooled = rois.new_zeros(len(rois), features[0].shape[1], bins, bins)
     for i, (feature, stride) in enumerate(zip(features, strides)):
         here, scale = (levels == i).nonzero()[:, 0], 1 / stride
         pooled[here] = ops.roi_align(
-            feature.float(), rois[here], size, scale, sampling_ratio, aligned=True
+            feature.float(), rois[here], bins, scale, sampling_ratio, aligned=True
         )
     return pooled
 
@@ -544,8 +557,8 @@ class BoxHead(nn.Module):
 
     def __init__(self, config, channels, norm):
         super().__init__()
-        convs = (config.box_head_convs, channels, config.box_head_channels, norm)
-        self.convs, channels = conv_stack(*convs)
+        count, width = config.box_head_convs, config.box_head_channels
+        self.convs, channels = conv_stack(count, channels, width, norm)
         width = channels * config.box_roi_size**2
         self.fcs = nn.ModuleList()
         for _ in range(config.box_head_fcs):
@@ -572,8 +585,8 @@ class MaskHead(nn.Module):
 
     def __init__(self, config, channels, norm):
         super().__init__()
-        convs = (config.mask_head_convs, channels, config.mask_head_channels, norm)
-        self.convs, channels = conv_stack(*convs)
+        count, width = config.mask_head_convs, config.mask_head_channels
+        self.convs, channels = conv_stack(count, channels, width, norm)
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, config.num_classes, 1)
 
@@ -585,12 +598,15 @@ class MaskHead(nn.Module):
 
 
 class KeypointHead(nn.Module):
-    """Pooled RoIs [R, C, 14, 14] to heatmap logits [R, 17, 56, 56] (Mask R-CNN, Sec. 5)."""
+    """Pooled RoIs [R, C, 14, 14] to heatmap logits [R, 17, 56, 56] (Mask R-CNN, Sec. 5).
+
+    It has no norm, in Detectron's GN models either.
+    """
 
     def __init__(self, config, channels):
         super().__init__()
-        convs = (config.keypoint_head_convs, channels, config.keypoint_head_channels, "none")
-        self.convs, channels = conv_stack(*convs)
+        count, width = config.keypoint_head_convs, config.keypoint_head_channels
+        self.convs, channels = conv_stack(count, channels, width, "none")
         self.deconv = nn.ConvTranspose2d(channels, config.keypoints, 4, stride=2, padding=1)
 
     def forward(self, x):
@@ -599,20 +615,20 @@ class KeypointHead(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def mask_targets(masks, matched, boxes, size):
-    """The part of each object's mask inside its RoI, at size x size: float 0/1 [S, size, size].
+def mask_targets(masks, matched, boxes, bins):
+    """The part of each object's mask inside its RoI, as 0 and 1: float [S, size, size].
 
     RoIAlign of the matched object's bit mask, then a threshold, as Detectron2's
     BitMasks.crop_and_resize (Detectron draws polygons, of the object whose polygons' box overlaps
     most). masks [G, H, W], matched [S], boxes [S, 4].
     """
     rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
-    crops = ops.roi_align(masks[:, None].float(), rois, size, aligned=True)
+    crops = ops.roi_align(masks[:, None].float(), rois, bins, aligned=True)
     return (crops[:, 0] >= 0.5).float()
 
 
-def keypoint_targets(keypoints, boxes, size):
-    """Heatmap cell of every keypoint: cell [R, 17] in 0..size^2 - 1, and valid [R, 17] bool.
+def keypoint_targets(keypoints, boxes, cells):
+    """Heatmap cell of every keypoint: cell [R, 17] in 0..cells^2 - 1, and valid [R, 17] bool.
 
     keypoints [R, 17, 3] (x, y, v), boxes [R, 4]. The cell is the floor of the position scaled to
     the box; the right and the bottom edge belong to the last cell (Detectron). Valid: labelled
@@ -620,28 +636,28 @@ def keypoint_targets(keypoints, boxes, size):
     """
     xy = keypoints[..., :2]
     low, high = boxes[:, None, :2], boxes[:, None, 2:]
-    cell = ((xy - low) * (size / (high - low))).floor()
-    cell = torch.where(xy == high, size - 1, cell)
-    valid = ((cell >= 0) & (cell < size)).all(dim=-1) & (keypoints[..., 2] > 0)
+    cell = ((xy - low) * (cells / (high - low))).floor()
+    cell = torch.where(xy == high, cells - 1, cell)
+    valid = ((cell >= 0) & (cell < cells)).all(dim=-1) & (keypoints[..., 2] > 0)
     cell = torch.where(valid[..., None], cell, 0).long()
-    return cell[..., 1] * size + cell[..., 0], valid
+    return cell[..., 1] * cells + cell[..., 0], valid
 
 
 def decode_keypoints(heatmaps, boxes):
     """Heatmaps [N, 17, 56, 56] (logits) of boxes [N, 4] to keypoints [N, 17, 3] and scores [N, 17].
 
     Detectron's rule: resize the map to the box's size in whole pixels (bicubic), take the largest
-    value, return the middle of its pixel, scaled back; third column 1. The score is the value's
-    softmax, normalized over the 56 x 56 map. Every box has a size of its own: one after the other.
+    value v, return the middle of its pixel, scaled back; third column 1. The score is exp(v) / sum
+    of exp over the 56 x 56 map. Every box has a size of its own: one after the other.
     """
     points = heatmaps.new_ones(*heatmaps.shape[:2], 3)
     scores = heatmaps.new_zeros(heatmaps.shape[:2])
-    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-    for i, (w, h) in enumerate(sizes.ceil().long().tolist()):
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
+    for i, (w, h) in enumerate(sides.ceil().long().tolist()):
         maps = F.interpolate(heatmaps[i, None], size=(h, w), mode="bicubic", align_corners=False)[0]
         value, index = maps.flatten(1).max(dim=1)  # [17]
         pixel = torch.stack([index % w, index // w], dim=1) + 0.5
-        points[i, :, :2] = boxes[i, :2] + pixel * sizes[i] / pixel.new_tensor([w, h])
+        points[i, :, :2] = boxes[i, :2] + pixel * sides[i] / pixel.new_tensor([w, h])
         scores[i] = 1 / (heatmaps[i].flatten(1) - value[:, None]).exp().sum(dim=1)
     return points, scores
 
@@ -665,7 +681,7 @@ class MaskRCNN(nn.Module):
         for name, value in (("image_mean", config.image_mean), ("image_std", config.image_std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(3, 1, 1))
 
-        # A frozen-BN detector has its affine maps in the backbone only, as in Detectron.
+        # Frozen BN is in the backbone only: FPN and heads have no norm then, as in Detectron.
         head_norm = "none" if config.norm == "frozen_bn" else config.norm
         if config.backbone == "vgg16":
             self.backbone, self.fpn = VGG16(config), None
@@ -722,9 +738,8 @@ class MaskRCNN(nn.Module):
     def batch(self, images):
         """Normalize and pad: a list of [3, h, w] to [B, 3, H, W] and the sizes [(h, w), ...].
 
-        Padding is zero *after* normalization, on the right and at the bottom, to a multiple of 32.
-        That is why the mean cannot be folded into a bias of conv1: conv(x - mean) is conv(x) -
-        conv(mean) only where the window does not reach into padding, this one or conv1's own.
+        Padding is zero *after* normalization, on the right and at the bottom, to a multiple of 32:
+        each level of the FPN up to stride 32 is then exactly twice as large as the next one.
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
         height, width = (math.ceil(max(side) / 32) * 32 for side in zip(*sizes))
@@ -743,11 +758,11 @@ class MaskRCNN(nn.Module):
         """The RPN's proposals: boxes [P, 4] of each image, best first."""
         return self.rpn.proposals(*self.rpn(features), sizes)
 
-    def pool(self, features, boxes, size):
-        """RoIAlign of boxes (a list of [N, 4]), each from one of P2..P5: [R, C, size, size]."""
+    def pool(self, features, boxes, bins):
+        """RoIAlign of boxes (a list of [N, 4]), each from one of P2..P5: [R, C, bins, bins]."""
         strides, ratio = self.backbone.strides, self.config.roi_sampling_ratio
         used = features[: len(strides)]  # P6 is the RPN's alone
-        return multilevel_roi_align(used, strides, to_rois(boxes), size, ratio)
+        return multilevel_roi_align(used, strides, to_rois(boxes), bins, ratio)
 
     def refine(self, boxes, deltas, stage, sizes):
         """What a stage's deltas [R, K or 1, 4] make of boxes: a list of [N, K or 1, 4], clipped."""
@@ -759,8 +774,7 @@ class MaskRCNN(nn.Module):
         """(10, 10, 5, 5), in stages 2 and 3 of a cascade 2 and 3 times as large.
 
         A later stage's RoIs are closer to the objects: the spread of its targets is smaller.
-        (train.py, `grow_to_cascade`, has to make up for it.) `stage` counts from 0; the names of
-        losses count from 1, as the paper does.
+        `stage` counts from 0; the names of losses count from 1, as the paper does.
         """
         return self.image_mean.new_tensor(self.config.bbox_reg_weights) * (stage + 1)
 
@@ -774,13 +788,13 @@ class MaskRCNN(nn.Module):
         Cascade: each stage refines the boxes of the one before. The scores are averaged: each stage
         has learned at another IoU to tell objects from background.
         """
-        scores = 0
+        scores, counts = 0, [len(b) for b in boxes]
         for stage, head in enumerate(self.box_heads):
             logits, deltas = head(self.pool(features, boxes, self.config.box_roi_size))
             scores = scores + logits.softmax(dim=1) / len(self.box_heads)  # [R, K + 1]
-            decoded = self.refine(boxes, deltas, stage, sizes)
-            boxes = [d[:, 0] for d in decoded]  # for the next stage: one for all classes
-        return list(zip(scores.split([len(b) for b in boxes]), decoded))
+            refined = self.refine(boxes, deltas, stage, sizes)  # [P, K or 1, 4] of each image
+            boxes = [r[:, 0] for r in refined]  # for a next stage, which has one for all classes
+        return list(zip(scores.split(counts), refined))
 
     @torch.no_grad()
     def postprocess(self, scores, boxes):
@@ -790,9 +804,9 @@ class MaskRCNN(nn.Module):
         [N, 4], labels [N] and scores [N], best first.
         """
         c = self.config
-        found, labels = (scores[:, 1:] > c.box_score_thresh).nonzero(as_tuple=True)  # [N] each
-        scores = scores[found, labels + 1]
-        boxes = boxes.expand(-1, self.config.num_classes, -1)[found, labels]
+        row, labels = (scores[:, 1:] > c.box_score_thresh).nonzero(as_tuple=True)  # [N] each
+        scores = scores[row, labels + 1]
+        boxes = boxes.expand(-1, c.num_classes, -1)[row, labels]
         keep = nms(boxes, scores, labels, c.box_nms_thresh, c.box_detections_per_img)
         return {"boxes": boxes[keep], "labels": labels[keep] + 1, "scores": scores[keep]}
 
@@ -812,7 +826,7 @@ class MaskRCNN(nn.Module):
     def losses(self, features, sizes, targets):
         """All losses of a batch, as a dict of scalars; all have weight 1.
 
-                                divided by                             first, from random weights
+                                divided by                             at the first step
             loss_objectness     256 * images, even if fewer are drawn  ln 2 = 0.69
             loss_rpn_box_reg    256 * images                           small
             loss_classifier     all sampled RoIs                       ln 81 = 4.39 (80 classes)
@@ -821,8 +835,8 @@ class MaskRCNN(nn.Module):
             loss_keypoint       labelled keypoints inside their RoIs   ln 56^2 = 8.05
 
         These numbers are counted in this process's own batch. DDP then averages the gradients over
-        the processes: a sample counts for less in a process that has many, as in Detectron. To
-        divide by sums over all processes would be another loss.
+        the processes: a sample counts for less in a process that has many, as in Detectron.
+        Dividing by totals over all processes would give a different loss.
         """
         generators = [generator_of(target, features[0].device) for target in targets]
         # 1) RPN
@@ -831,11 +845,10 @@ class MaskRCNN(nn.Module):
         # 2) RoIs: proposals and ground truth, sampled
         proposals = self.rpn.proposals(*outputs, sizes)
         samples = self.sample_rois(proposals, targets, generators)
-        # 3) heads. RoIAlign needs float32 in the usual memory format: converted once, for all heads
-        features = [level.float().contiguous() for level in features]
+        # 3) heads
         box_losses, samples = self.box_losses(features, samples, targets, sizes)
         losses |= box_losses
-        foreground = [Samples(*(x[s.labels > 0] for x in s)) for s in samples]
+        foreground = [Samples(*(field[s.labels > 0] for field in s)) for s in samples]
         if self.mask_head:
             losses |= self.mask_loss(features, foreground, targets)
         if self.keypoint_head:
@@ -880,12 +893,12 @@ class MaskRCNN(nn.Module):
             labels = torch.cat([s.labels for s in samples])  # [R]
             class_loss = F.cross_entropy(logits, labels, reduction="sum")
             # Only foreground [F] has boxes to learn, each those of its own class.
-            is_object = labels > 0
+            is_foreground = labels > 0
             truth = [t["boxes"][s.matched[s.labels > 0]] for t, s in zip(targets, samples)]
-            box_targets = encode_boxes(torch.cat(truth), torch.cat(boxes)[is_object])  # [F, 4]
-            column = 0 if c.box_class_agnostic else labels[is_object] - 1
-            x, beta = deltas[is_object, column], c.box_smooth_l1_beta
+            box_targets = encode_boxes(torch.cat(truth), torch.cat(boxes)[is_foreground])  # [F, 4]
             box_targets = box_targets * self.box_weights(stage)
+            column = 0 if c.box_class_agnostic else labels[is_foreground] - 1
+            x, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
             box_loss = F.smooth_l1_loss(x, box_targets, reduction="sum", beta=beta)
             count = max(len(labels), 1)  # *all* sampled RoIs: each counts the same (Fast R-CNN)
             name = f"_{stage + 1}" if stages > 1 else ""
@@ -900,7 +913,8 @@ class MaskRCNN(nn.Module):
         """What a cascade's stage hands to the next: its boxes, matched anew; empty ones dropped."""
         samples, threshold = [], self.config.cascade_fg_iou_thresh[stage]
         for refined, target in zip(self.refine(boxes, deltas, stage, sizes), targets):
-            refined = refined[has_area(refined)]  # [S, 1, 4] -> [S', 4]
+            refined = refined[:, 0]  # [S, 1, 4] -> [S, 4]
+            refined = refined[has_area(refined)]  # [S', 4]
             matched, labels = match_boxes(target, refined, threshold)
             samples.append(Samples(refined, labels, matched))
         return samples
@@ -964,29 +978,15 @@ def check_targets(images, targets, config):
         require(fits, f"targets[{i}]['labels'] must be in 1..{num_classes}.")
 
 
-def build_model(backbone="resnet50", norm="gn", num_classes=80, **settings):
-    """A MaskRCNN with random weights; any field of Config can be given as an argument.
-
-    What backbone (BACKBONES), norm and cascade imply, `settings` can override.
-    """
-    require(backbone in BACKBONES, f"backbone must be one of {', '.join(BACKBONES)}.")
-    implied = {"backbone": backbone, "norm": norm, "num_classes": num_classes}
-    if norm in ("frozen_bn", "none"):
-        implied |= {"box_head_convs": 0, "box_head_fcs": 2}
-    if settings.get("cascade"):
-        implied |= {"box_class_agnostic": True}
-    return MaskRCNN(Config(**implied | BACKBONES[backbone] | settings))
-
-
 # -- Initialization --------------------------------------------------------------------------------
 
 
 def initialize(model):
-    """Random weights: convolutions He et al.'s, FPN and fc layers Caffe2's Xavier.
+    """Random weights as in Detectron2: He et al.'s for convolutions, Xavier for FPN and fc layers.
 
-    That is Detectron2's (Detectron's own backbone had Xavier). The layers that predict start near
-    zero, except for the masks' (Detectron). Every gamma starts at 1. (Zero for the last one of a
-    block is usual in ImageNet training, but hurts GN detectors from scratch, notes Detectron2.)
+    (Detectron's own backbone had Xavier, too.) The layers that predict start near zero, except for
+    the masks' (Detectron). Every gamma starts at 1. (Zero for the last one of a block is usual in
+    ImageNet training, but hurts GN detectors from scratch, notes Detectron2.)
     Every bias and beta starts at 0.
     """
     for module in model.modules():
@@ -1077,8 +1077,8 @@ def load_weights(model, path):
         raise WeightsError(f"{path} has another stride_in_1x1 than this model.")
     fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
     left = [name for name in own if name not in fitting]
-    single = [*left, *(name for name in weights if name not in own)]  # in one of the two only
-    misfits = [n for n in single if n.startswith("backbone.") and "num_batches" not in n]
+    unused = [name for name in weights if name not in own]
+    misfits = [n for n in left + unused if n.startswith("backbone.") and "num_batches" not in n]
     if misfits:
         raise WeightsError(f"{path} has another backbone than this model: see {misfits[0]}.")
     statistics = {name: theirs[name] for name in ("image_mean", "image_std")}

@@ -7,14 +7,15 @@ He, Girshick, Dollar, "Rethinking ImageNet Pre-training" (arXiv 1811.08883), Sec
 
 The file in reading order:
 
-  recipes -> learning rate -> optimizer -> the loop -> cascade switch -> checkpoints -> command line
+  the paper's recipes -> learning rate -> optimizer -> the loop -> cascade switch -> checkpoints
+  -> other recipes -> command line
 
 Training from random weights needs two things: a normalization that works with small batches
-(norms.py) and more iterations. Nothing else of the fine-tuning baseline changes.
+(norms.py) and more iterations. The baseline that is fine-tuned from ImageNet weights has the same
+normalization; nothing else changes.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -62,8 +63,8 @@ class Recipe:
     # Sec. 4 "Learning rate scheduling"
     iterations: int = SCHEDULES["6x"]  # from random weights
     iterations_pretrained: int = SCHEDULES["2x"]
-    one_x: float = SCHEDULES["1x"]  # iterations that --schedule counts in
-    # "The last 60k and last 20k iterations", *whatever the total*. Below 1: shares of the total.
+    one_x: float = SCHEDULES["1x"]  # the length of --schedule 1x
+    # "The last 60k and last 20k iterations", *whatever the total*. (Below 1: fractions of it.)
     tails: tuple = (60_000, 20_000)
     drop_factor: float = 0.1  # of the rate at the beginning of each tail
 
@@ -76,13 +77,10 @@ class Recipe:
     bias_rate: float = 2.0  # biases and betas learn at twice the rate (Detectron)
     warmup_iterations: int = 500  # linear, from a third of the rate (Detectron)
     warmup_factor: float = 1 / 3
-    clip_gradient: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
     amp: bool = False  # convolutions and matrix products in bfloat16; not the paper's
-    compile: bool = False  # torch.compile, for CUDA
 
     # Images
     subset: int | None = None  # how many of the training images are used; None: all
-    keep_empty: bool = False  # train on images without objects too; the paper does not
     min_sizes: tuple = (800,)  # shorter side: one of these is drawn for each image
     max_size: int = 1333  # longest side allowed
     test_size: int = 800  # shorter side
@@ -122,36 +120,14 @@ AUGMENTED_MORE = tuple(range(512, 801, 32))
 ENHANCED = dict(
     min_sizes=AUGMENTED, iterations=SCHEDULES["9x"], iterations_pretrained=SCHEDULES["6x"],
 )
-# The switch to a cascade is 270k iterations before the end, here of fine-tuned runs too. Boxes are
-# class-agnostic from the start: the stages of a cascade hand on one box for each RoI, so stage 1
-# must have learnt one to survive the switch.
-CASCADE = dict(cascade_iterations=270_000, settings={"box_class_agnostic": True})
+# The switch to a cascade is 270k iterations before the end, here of fine-tuned runs too.
+CASCADE = dict(cascade_iterations=270_000)
 
 # Sec. 5.2: the rates and sizes that the paper found for 35k images. The paper gives totals for 10k;
-# those for 35k (9x), 3.5k and 1k are ours. So are the drops below 35k: at 6x's own proportions, for
-# these runs are shorter than 6x's tails.
+# those for 35k (9x), 3.5k and 1k are ours. So are the drops of 10k and less: at 6x's proportions,
+# for these runs are shorter than 6x's tails.
 LESS_DATA = dict(learning_rate=0.04, drop_factor=0.02, min_sizes=AUGMENTED_MORE)
 NINTHS = (1 / 9, 1 / 27)
-
-# Generated data: a narrow network on small images, some minutes on two CPU cores
-NARROW = dict(
-    blocks=(1, 1, 1, 1), stem_width=32, width_per_group=32, fpn_channels=64, box_head_channels=64,
-    box_head_fc_channels=256, mask_head_channels=64, keypoint_head_channels=64,
-    anchor_sizes=((16,), (32,), (64,), (128,), (256,)),
-    rpn_pre_nms_top_n_train=500, rpn_post_nms_top_n_train=250,
-    rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=250,
-    box_batch_size_per_image=32, roi_sampling_ratio=1,
-)
-TOY = Recipe(
-    settings=NARROW, iterations=800, iterations_pretrained=320, one_x=160, tails=(140, 50),
-    batch_size=8, images_per_gpu=8, learning_rate=0.1, warmup_iterations=60,
-    min_sizes=(128,), max_size=213, test_size=128,
-    eval_every=800, checkpoint_every=160, log_every=10, paper="(generated data)",
-)
-NARROW_VGG = dict(
-    stem_width=16, box_head_fc_channels=256, anchor_sizes=((16, 32, 64, 128),),
-    box_batch_size_per_image=64,
-)
 
 # Every row states only what it changes; --list prints them. AP is bbox / mask.
 RECIPES = {
@@ -215,26 +191,6 @@ RECIPES = {
         iterations=144_000, iterations_pretrained=18_000, tails=NINTHS,
         paper="mAP at IoU 0.5: random 77.6, pre-trained 82.7",
     ),
-    # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
-    "small": replace(
-        TOY, settings=NARROW | {"box_batch_size_per_image": 64}, batch_size=4, images_per_gpu=4,
-        learning_rate=0.05, iterations=2000, iterations_pretrained=1000, one_x=500,
-        tails=(0.2, 0.07), eval_every=500, checkpoint_every=250, warmup_iterations=50,
-        min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
-    ),
-    # Own pictures, from public weights, on one GPU: 100 epochs of 240 images (docs/own-data.md)
-    "finetune": Recipe(
-        batch_size=2, learning_rate=0.0025, iterations=36_000, iterations_pretrained=12_000,
-        one_x=6_000, tails=NINTHS, eval_every=2_000, checkpoint_every=1_000,
-        min_sizes=AUGMENTED, paper="(your own data)",
-    ),
-    # Generated data
-    "toy": TOY,
-    "toy-syncbn": replace(TOY, norm="syncbn"),
-    "toy-cascade": replace(TOY, cascade_iterations=267, settings=NARROW | CASCADE["settings"]),
-    # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
-    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
-    "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, settings=NARROW_VGG),
 }
 # fmt: on
 
@@ -257,7 +213,7 @@ def scale_to_batch(recipe, batch_size):
         learning_rate=recipe.learning_rate * ratio,
         iterations=scaled(recipe.iterations),
         tails=tuple(tail if tail < 1 else scaled(tail) for tail in recipe.tails),
-        cascade_iterations=recipe.cascade_iterations and scaled(recipe.cascade_iterations),
+        cascade_iterations=scaled(recipe.cascade_iterations) if recipe.cascade_iterations else 0,
         one_x=recipe.one_x / ratio,
         warmup_iterations=max(recipe.warmup_iterations, scaled(recipe.warmup_iterations)),
         eval_every=scaled(recipe.eval_every),
@@ -280,11 +236,12 @@ def learning_rate(iteration, recipe):
     for drop in recipe.drops:
         if iteration >= drop:
             rate *= recipe.drop_factor
-    # Warm-up, linear from a third of the rate: the first gradients are large and all point the same
-    # way, away from random predictions. Momentum adds them up, and full steps would diverge.
+    # Warm-up: rate * ((1 - t) / 3 + t), with t from 0 to 1. The first gradients are large and all
+    # point the same way, away from random predictions. Momentum adds them up, and full steps would
+    # diverge.
     if iteration < recipe.warmup_iterations:
-        progress = iteration / recipe.warmup_iterations
-        rate *= recipe.warmup_factor * (1 - progress) + progress
+        t = iteration / recipe.warmup_iterations
+        rate *= recipe.warmup_factor * (1 - t) + t
     return rate
 
 
@@ -294,9 +251,8 @@ def learning_rate(iteration, recipe):
 def make_optimizer(model, recipe):
     """SGD with Detectron's three groups of parameters; "rate" multiplies the rate.
 
-    Weights decay. Gammas of norms do not: decay would pull a layer's output to 0 instead of
-    regularizing the convolution before it, whose scale the norm removes. Biases and betas do not
-    either, and learn at twice the rate.
+    Weights decay. Gammas of norms do not, since that would only shrink a layer's output. Biases and
+    betas do not either, and learn at twice the rate.
 
       momentum <- 0.9 * momentum + gradient + decay * weight
       weight   <- weight - rate * momentum
@@ -332,12 +288,14 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     model, optimizer = start_model(recipe, args, checkpoint, train_set, device)
     ddp = wrap(model)
     iteration = checkpoint["iteration"] if checkpoint else 0
-    last = min(recipe.iterations, args.iterations or recipe.iterations)
+    last = min(recipe.iterations, args.stop_after or recipe.iterations)
     loader = iter(make_loader(recipe, args, train_set, iteration))
-    log, stop = Log(args.out, iteration, last), False
-    if evaluation_due(iteration, recipe, last):  # a checkpoint is saved before it is evaluated
+    log = Log(args.out, iteration, last)
+    kept = kept_iterations(recipe)
+    signals, stop = watch_signals(), False
+    if evaluation_due(iteration, recipe, last):  # killed after a checkpoint, before its evaluation
         evaluate_and_log(model, val_set, args, iteration, log)
-    with log.bar, caught_signals() as signals:
+    with log.bar:
         while iteration < last and not stop:
             # Sec. 5.1: a cascade recipe trains three box heads in its last 270k iterations.
             if iteration >= recipe.cascade_start and not model.config.cascade:
@@ -353,16 +311,13 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             # 2) The losses (what they are at first: model.py, `MaskRCNN.losses`)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
                 losses = ddp(images, targets)
-            total = sum(losses.values())
 
-            # 3) The gradients, averaged over the processes by DDP, and their norm
+            # 3) The gradients, averaged over the processes by DDP
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            most = recipe.clip_gradient or math.inf
-            norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+            sum(losses.values()).backward()
 
-            # 4) A step along them. NaN ends the run here, a signal after the checkpoint below.
-            stop = look(iteration, losses, norm, targets, signals)
+            # 4) A step of SGD, if all losses and gradients are finite; after a signal, the last one
+            stop = look_before_step(iteration, model, losses, targets, signals)
             optimizer.step()
             iteration += 1
 
@@ -371,8 +326,8 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             if iteration % recipe.log_every == 0 or iteration == last:
                 log.step(iteration, rate, losses, recipe.batch_size)
             evaluates = evaluation_due(iteration, recipe, last)
-            saves = evaluates or iteration % recipe.checkpoint_every == 0
-            if saves or stop or iteration in kept_iterations(recipe):
+            saves = evaluates or stop or iteration % recipe.checkpoint_every == 0
+            if saves or iteration in kept:
                 save_checkpoint(model, optimizer, iteration, recipe, args, train_set)
             if evaluates and not stop:
                 evaluate_and_log(model, val_set, args, iteration, log)
@@ -386,14 +341,15 @@ def evaluation_due(iteration, recipe, last):
     return iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last)
 
 
-def look(iteration, losses, norm, targets, signals):
+def look_before_step(iteration, model, losses, targets, signals):
     """Whether a signal has come to any process; UserError if any has a loss that is not finite.
 
-    All processes look together, in one all-reduce: they end together. The weights are still those
-    of before the step. norm: of the gradients, which may overflow where the loss does not.
+    All processes look together, in one all-reduce, and so end together. The weights are still those
+    of before the step. Gradients are looked at too: they may overflow where the loss does not.
     """
     total = sum(losses.values()).detach()
-    is_bad = ~(total + norm).isfinite()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    is_bad = ~(total + nn.utils.get_total_norm(gradients)).isfinite()
     flags = torch.stack([is_bad, torch.full_like(is_bad, len(signals) > 0)]).int()
     if dist.is_initialized():
         dist.all_reduce(flags)
@@ -401,16 +357,13 @@ def look(iteration, losses, norm, targets, signals):
     if any_bad:
         values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
         here = f"{values} (images {', '.join(str(target['image_id']) for target in targets)})"
-        there = gather(None if total.isfinite() else here)
+        bad_losses = filter(None, gather(None if total.isfinite() else here))
         raise UserError(
             f"The loss or gradient of step {iteration:,} is not finite: "
-            f"{next(filter(None, there), here)}; look at these images, or go on from the last "
+            f"{' and '.join(bad_losses) or here}; look at these images, or go on from the last "
             "checkpoint by --resume with another --seed or a lower --learning-rate."
         )
     return any_signal > 0
-
-
-# What else the loop is made of, in its order
 
 
 def start_model(recipe, args, checkpoint, train_set, device):
@@ -420,8 +373,11 @@ def start_model(recipe, args, checkpoint, train_set, device):
         model = detector.build_model(**checkpoint["config"])
         model.load_state_dict(checkpoint.pop("weights"))
     else:
-        settings = {"masks": recipe.masks, "keypoints": recipe.keypoints} | recipe.settings
+        settings = {"masks": recipe.masks, "keypoints": recipe.keypoints}
         settings |= {"freeze_at": recipe.freeze_at, "num_classes": len(train_set.classes)}
+        if recipe.cascade_iterations:  # its stages hand on one box of each RoI
+            settings["box_class_agnostic"] = True
+        settings |= recipe.settings
         if args.init != "random":  # pre-trained weights decide where the stride is
             config = detector.read_checkpoint(args.init)["config"]
             settings["stride_in_1x1"] = config["stride_in_1x1"]
@@ -430,32 +386,22 @@ def start_model(recipe, args, checkpoint, train_set, device):
             say(detector.load_weights(model, args.init))
     model.data_settings |= {"min_size": recipe.test_size, "max_size": recipe.max_size}
     model.data_settings |= {"classes": train_set.classes, "category_ids": train_set.category_ids}
-    place(model, recipe, device)
+    place(model, device)
     optimizer = make_optimizer(model, recipe)
     if checkpoint:
         set_momentum(model, optimizer, checkpoint.pop("momentum"))
     return model, optimizer
 
 
-def place(model, recipe, device):
+def place(model, device):
     """Put the model on its device, in training mode; on a GPU in channels_last, which is faster."""
     memory = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model.to(device, memory_format=memory).train()
-    if recipe.compile:
-        compile_parts(model)
 
 
 def wrap(model):
     """The model in DDP where there are several processes."""
     return DistributedDataParallel(model) if dist.is_initialized() else model
-
-
-def compile_parts(model):
-    """torch.compile what has a fixed graph: the parts with convolutions, for images of any size."""
-    torch._dynamo.config.recompile_limit = 32  # all heads share one function
-    heads = [*model.box_heads, *filter(None, [model.mask_head, model.keypoint_head])]
-    for part in filter(None, [model.backbone, model.fpn, *(head.convs for head in heads)]):
-        part.compile(dynamic=True)
 
 
 def make_loader(recipe, args, train_set, iteration):
@@ -469,29 +415,26 @@ def make_loader(recipe, args, train_set, iteration):
 
 def to_device(images, targets, device):
     """A batch of the loader on the device; what is no tensor stays as it is."""
-    images = [image.to(device, non_blocking=True) for image in images]
-    targets = [
-        {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in target.items()}
-        for target in targets
-    ]
+
+    def move(value):
+        return value.to(device) if torch.is_tensor(value) else value
+
+    images = [move(image) for image in images]
+    targets = [{name: move(value) for name, value in target.items()} for target in targets]
     return images, targets
 
 
-@contextlib.contextmanager
-def caught_signals():
-    """A list of the SIGTERM and Ctrl-C that come inside of the `with`; a second one is as usual."""
+def watch_signals():
+    """A list to which SIGTERM and Ctrl-C are added from now on; the second one ends the process."""
     signals = []
 
     def receive(number, _):
         signals.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, signal.SIG_DFL)
 
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, receive)
+    return signals
 
 
 class Log:
@@ -505,13 +448,15 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines(True) if self.path.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("\n")]  # not a half one
-            # (A step comes before the checkpoint of its iteration, an evaluation after it.)
-            kept = [r for r in records if r["iteration"] < start + ("loss" in r)]
+            # The step to `start` is in the checkpoint; an evaluation at `start` comes after it.
+            kept = [r for r in records if r["iteration"] < start]
+            kept += [r for r in records if r["iteration"] == start and "loss" in r]
             text = "".join(json.dumps(record) + "\n" for record in kept)
             detector.write_whole(self.path, text.encode())
         self.bar = tqdm(total=last, initial=start, disable=not is_first, dynamic_ncols=True)
 
     def write(self, record):
+        """Append a record; the clock for images/s starts again."""
         if rank_and_size()[0] == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -542,7 +487,7 @@ def evaluate_and_log(model, val_set, args, iteration, log):
 
 def show_results(model, val_set, out):
     """The end of a run: pictures, and what to look at next."""
-    if rank_and_size()[0] > 0:
+    if rank_and_size()[0] > 0 or not checkpoints_in(out):
         return
     names = [val_set.record(i)["file_name"] for i in range(min(8, len(val_set)))]
     paths = [os.path.join(val_set.image_dir, name) for name in names]
@@ -566,20 +511,20 @@ def say(text):
 def grow_to_cascade(model, optimizer, recipe):
     """The model as a three-stage cascade, with an optimizer for it (Sec. 5.1 "Enhanced baselines").
 
-    Stages 2 and 3 start as copies of stage 1. Stage s divides its deltas by s * (10, 10, 5, 5)
-    (model.py, `box_weights`), so the regressor copied to it is multiplied by s: it then predicts
-    the same boxes as stage 1. Parameters that there were before keep their momentum.
+    The box heads of stages 1 and 2 start as copies of stage 0's. Stage s divides its deltas by
+    (s + 1) * (10, 10, 5, 5) (model.py, `box_weights`), so the regressor copied to it is multiplied
+    by s + 1: it then predicts the same boxes. Parameters that there were keep their momentum.
     """
     grown = detector.build_model(**dataclasses.asdict(model.config) | {"cascade": True})
     state = model.state_dict()
     for name, tensor in list(state.items()):
         if name.startswith("box_heads.0."):
-            for stage in (2, 3):
-                factor = stage if ".regressor." in name else 1
-                state[name.replace("box_heads.0", f"box_heads.{stage - 1}")] = tensor * factor
+            for stage in (1, 2):
+                factor = stage + 1 if ".regressor." in name else 1
+                state[name.replace("box_heads.0", f"box_heads.{stage}")] = tensor * factor
     grown.load_state_dict(state)
     grown.data_settings = model.data_settings
-    place(grown, recipe, model.image_mean.device)
+    place(grown, model.image_mean.device)
     grown_optimizer = make_optimizer(grown, recipe)
     set_momentum(grown, grown_optimizer, momentum_of(model, optimizer))
     return grown, grown_optimizer
@@ -601,7 +546,7 @@ def grow_to_cascade(model, optimizer, recipe):
 def identity(recipe, args, train_set):
     """What makes a run this run: a checkpoint says it, and all processes must agree on it."""
     facts = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed}
-    for name in ("compile", "eval_every", "paper"):  # these change no weight
+    for name in ("eval_every", "checkpoint_every", "log_every", "paper"):  # change no weight
         del facts[name]
     images = hashlib.sha1(repr(train_set.image_ids).encode()).hexdigest()[:8]
     return facts | {"init": Path(args.init).name, "classes": train_set.classes, "images": images}
@@ -627,7 +572,7 @@ def momentum_of(model, optimizer):
 def set_momentum(model, optimizer, momentum):
     """The inverse of `momentum_of`; parameters that `momentum` does not name start with zero.
 
-    A momentum of zero acts like none, but fused SGD needs one for all of a group or for none.
+    A momentum of zero acts like none. Fused SGD wants one for every parameter of a group or none.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -647,29 +592,30 @@ def checkpoints_in(out):
 
 
 def kept_iterations(recipe):
-    """Iterations whose checkpoints are kept for good: where the schedule changes, or others leave.
+    """Iterations whose checkpoints are kept for good: where the schedule changes, or others branch.
 
-    All schedules of a recipe share one trunk, which each leaves at its own first change.
+    All schedules of a recipe are one run, the trunk, until they change first. With 6x as the trunk,
+    2x to 5x cost their last 60k iterations each (--from): all five take 780k instead of 1.8M.
     """
     count = math.ceil(recipe.iterations / recipe.one_x)
     shorter = (replace(recipe, iterations=round(n * recipe.one_x)) for n in range(1, count))
-    leaves = {schedule.first_change for schedule in shorter}
-    return {*recipe.drops, *leaves, recipe.cascade_start}
+    branch_points = {schedule.first_change for schedule in shorter}
+    return {*recipe.drops, *branch_points, recipe.cascade_start}
 
 
 def save_checkpoint(model, optimizer, iteration, recipe, args, train_set):
     """Write a checkpoint; keep the last two and `kept_iterations`. All processes call this."""
     if dist.is_initialized():
-        for buffer in model.buffers():  # of "bn", whose statistics are each process's own
+        for buffer in model.buffers():  # BN's statistics: the next evaluation uses the saved ones
             dist.broadcast(buffer, 0)
     if rank_and_size()[0] > 0:
         return
     run, momentum = identity(recipe, args, train_set), momentum_of(model, optimizer)
     path = Path(args.out) / f"checkpoint_{iteration:07d}.pth"
     detector.save_model(model, path, momentum=momentum, iteration=iteration, run=run)
-    for path in checkpoints_in(args.out)[:-2]:
-        if iteration_of(path) not in kept_iterations(recipe):
-            path.unlink()
+    for old in checkpoints_in(args.out)[:-2]:
+        if iteration_of(old) not in kept_iterations(recipe):
+            old.unlink()
 
 
 def find_checkpoint(recipe, args, train_set):
@@ -714,7 +660,56 @@ def read_trunk(recipe, args, train_set):
     shared = [path for path in found if iteration_of(path) <= parting]
     if not shared:
         raise UserError(f"--from {args.trunk}: it has no checkpoint that both schedules share.")
+    # All but the total must be the same.
     return read_run(shared[-1], identity(recipe, args, train_set) | {"iterations": total})
+
+
+# -- Recipes that are not the paper's: generated data, own data ------------------------------------
+
+# fmt: off
+# Generated data: a narrow network on small images, some minutes on two CPU cores
+NARROW = dict(
+    blocks=(1, 1, 1, 1), stem_width=32, width_per_group=32, fpn_channels=64, box_head_channels=64,
+    box_head_fc_channels=256, mask_head_channels=64, keypoint_head_channels=64,
+    anchor_sizes=((16,), (32,), (64,), (128,), (256,)),
+    rpn_pre_nms_top_n_train=500, rpn_post_nms_top_n_train=250,
+    rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=250,
+    box_batch_size_per_image=32, roi_sampling_ratio=1,
+)
+TOY = Recipe(
+    settings=NARROW, iterations=800, iterations_pretrained=320, one_x=160, tails=(140, 50),
+    batch_size=8, images_per_gpu=8, learning_rate=0.1, warmup_iterations=60,
+    min_sizes=(128,), max_size=213, test_size=128,
+    eval_every=800, checkpoint_every=160, log_every=10, paper="(generated data)",
+)
+NARROW_VGG = dict(
+    stem_width=16, box_head_fc_channels=256, anchor_sizes=((16, 32, 64, 128),),
+    box_batch_size_per_image=64,
+)
+
+RECIPES |= {
+    # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
+    "small": replace(
+        TOY, settings=NARROW | {"box_batch_size_per_image": 64}, batch_size=4, images_per_gpu=4,
+        learning_rate=0.05, iterations=2000, iterations_pretrained=1000, one_x=500,
+        tails=(0.2, 0.07), eval_every=500, checkpoint_every=250, warmup_iterations=50,
+        min_sizes=(160, 176, 192, 208, 224), max_size=320, test_size=192, paper="(your own data)",
+    ),
+    # Own pictures, from public weights, on one GPU: 100 epochs of 240 images (docs/own-data.md)
+    "finetune": Recipe(
+        batch_size=2, learning_rate=0.0025, iterations=36_000, iterations_pretrained=12_000,
+        one_x=6_000, tails=NINTHS, eval_every=2_000, checkpoint_every=1_000,
+        min_sizes=AUGMENTED, paper="(your own data)",
+    ),
+    # Generated data
+    "toy": TOY,
+    "toy-syncbn": replace(TOY, norm="syncbn"),
+    "toy-cascade": replace(TOY, cascade_iterations=267),
+    # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
+    "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
+    "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, settings=NARROW_VGG),
+}
+# fmt: on
 
 
 # -- Command line ----------------------------------------------------------------------------------
@@ -737,11 +732,10 @@ def parse_arguments(arguments):
     add("--norm", choices=["gn", "syncbn", "bn", "frozen_bn"], help="instead of the recipe's")
     add("--freeze-at", type=int, choices=range(6), help="freeze so many of stem, res2, res3, ...")
     add("--amp", action="store_true", help="convolutions in bfloat16: faster, not the paper's")
-    add("--compile", action="store_true", help="torch.compile, for CUDA; minutes to start")
     add("--subset", type=int, metavar="N", help="train on N images, the same on every machine")
     add("--images-per-gpu", type=int, metavar="N", help="rate and schedule scale with the batch")
-    add("--learning-rate", type=float, metavar="R", help="of the recipe's batch, instead of its")
-    add("--iterations", type=int, metavar="N", help="stop after N; never changes the schedule")
+    add("--learning-rate", type=float, metavar="R", help="the rate at the recipe's own batch size")
+    add("--stop-after", type=int, metavar="N", help="stop after iteration N of the schedule")
     add("--eval-every", type=int, metavar="N", help="iterations between evaluations")
     add("--workers", type=int, default=2, metavar="N", help="loader processes per GPU (2)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the whole run (0)")
@@ -769,9 +763,8 @@ def make_recipe(args):
     for name in ("norm", "freeze_at", "subset", "images_per_gpu", "learning_rate"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
-    for name in ("amp", "compile"):
-        changes[name] = getattr(recipe, name) or getattr(args, name)
-    return replace(recipe, **changes, masks=recipe.masks and not args.no_masks)
+    switches = {"amp": recipe.amp or args.amp, "masks": recipe.masks and not args.no_masks}
+    return replace(recipe, **changes, **switches)
 
 
 def check(recipe, args):
@@ -782,9 +775,7 @@ def check(recipe, args):
             raise UserError(f"{args.recipe}: {problem}.")
 
     if args.init == "random":
-        problem = (
-            "frozen BN has no statistics without a pre-trained model (Sec. 3.1); use --norm gn"
-        )
+        problem = "frozen BN needs the statistics of a pre-trained model (Sec. 3.1); use --norm gn"
         refuse(recipe.norm == "frozen_bn", problem)
         problem = "frozen random layers cost Detectron 3.3 AP; use --freeze-at 0"
         refuse(recipe.freeze_at > 0, problem)
@@ -807,11 +798,10 @@ def make_datasets(recipe, args):
         root = "toy_coco"
         if rank_and_size()[0] == 0:
             make_toy_coco(root)
-        if dist.is_initialized():
-            dist.barrier()
+        gather("generated")  # all wait for the first process
     kind = {"masks": recipe.masks, "keypoints": recipe.keypoints > 0}
-    chosen = {"subset": recipe.subset, "keep_empty": recipe.keep_empty}
-    train_set = data.open_split(root, args.train_split, training=True, **kind, **chosen)
+    chosen = {"training": True, "subset": recipe.subset}
+    train_set = data.open_split(root, args.train_split, **chosen, **kind)
     val_set = data.open_split(root, args.val_split, **kind)
     data.check_classes(val_set, train_set.classes, train_set.annotation_file)
     return train_set, val_set
@@ -868,18 +858,15 @@ def main(arguments=None):
     recipe = scale_to_batch(recipe, recipe.images_per_gpu * world_size)
     recipe = replace(recipe, eval_every=args.eval_every or recipe.eval_every)
     check(recipe, args)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in fc layers, too
     train_set, val_set = make_datasets(recipe, args)
     checkpoint = find_checkpoint(recipe, args, train_set)
     start = checkpoint["iteration"] if checkpoint else 0
     everywhere = gather(identity(recipe, args, train_set) | {"starts after": start})
+    differ = {}
     for theirs in everywhere:
-        differ = differences(theirs, everywhere[0])
-        if differ:
-            raise UserError(
-                f"The processes differ in {', '.join(differ.values())}; start all alike."
-            )
+        differ |= differences(theirs, everywhere[0])
+    if differ:
+        raise UserError(f"The processes differ in {', '.join(differ.values())}; start all alike.")
     print_header(recipe, args, checkpoint, train_set, val_set, device)
     train(recipe, args, checkpoint, train_set, val_set, device)
 

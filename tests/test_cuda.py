@@ -96,9 +96,9 @@ def group_norm_in_float64(x, norm, grad):
 
 
 def written_out(norm, x):
-    """What the norm computes on CUDA, and where it is compiled."""
+    """What the norm computes on CUDA."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        patch.setattr(torch.Tensor, "is_cuda", True, raising=False)
         return norm(x)
 
 
@@ -143,34 +143,7 @@ def test_group_norm_written_out_keeps_bfloat16_with_statistics_in_float32():
     assert written_out(norm, x[:0]).shape == (0, 64, 20, 20)  # no RoIs
 
 
-# -- torch.compile and autocast --------------------------------------------------------------------
-
-
-def test_compiled_parts_give_the_same_numbers_and_are_compiled_once():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = detector.build_model(**NARROW, blocks=(1, 1, 1, 1), box_head_convs=1).train()
-    for m in model.modules():
-        if isinstance(m, GroupNorm):
-            m.weight.data.uniform_(0.5, 1.5)
-    compilations = []
-
-    def backend(graph, inputs):
-        compilations.append(graph)
-        return graph.forward
-
-    parts = {
-        model.backbone.res2: [(2, 32, 16, 24), (2, 32, 24, 32), (3, 32, 32, 16)],
-        model.box_heads[0].convs: [(20, 32, 7, 7), (90, 32, 7, 7), (300, 32, 7, 7)],
-    }
-    for part, shapes in parts.items():
-        compiled = torch.compile(part, backend=backend, dynamic=True)
-        seen = len(compilations)
-        for shape in shapes:
-            x = torch.randn(shape)
-            torch.testing.assert_close(compiled(x), part(x), atol=1e-4, rtol=1e-4)
-        assert len(compilations) == seen + 1  # not again for another size
-    torch._dynamo.reset()
+# -- Autocast --------------------------------------------------------------------------------------
 
 
 def test_objectness_is_float32_under_autocast():

@@ -187,7 +187,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, name):
     if mode == "RGBA":
         image.putalpha(30)
     image.save(tmp_path / name)
-    read = data.read_image(tmp_path / name, (16, 20))
+    read = data.read_image(tmp_path / name, (20, 16))
     expected = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).expand(3, 20, 16)
     torch.testing.assert_close(read, expected, rtol=0, atol=3 if "jpg" in name else 0)
 
@@ -198,11 +198,11 @@ def test_annotated_size_decides_on_the_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # ... and shown at the right
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    for stated in ((30, 20), (20, 30), None):
+    for stated in ((20, 30), (30, 20), None):  # height, width
         read = data.read_image(tmp_path / "a.jpg", stated)
-        assert read.shape[1:] == ((20, 30) if stated == (30, 20) else (30, 20))
-        assert (read[0, 0] > 127).all() == (stated == (30, 20))
-        assert (read[0, :, -1] > 127).all() == (stated != (30, 20))
+        assert read.shape[1:] == (stated or (30, 20))
+        assert (read[0, 0] > 127).all() == (stated == (20, 30))
+        assert (read[0, :, -1] > 127).all() == (stated != (20, 30))
 
 
 @pytest.mark.parametrize(
@@ -211,15 +211,18 @@ def test_annotated_size_decides_on_the_exif_orientation(tmp_path):
         (lambda path: path.write_bytes(path.read_bytes()[:-30]), "truncated"),
         (lambda path: path.write_text("hello"), "cannot identify image file"),
         (Path.unlink, "No such file"),
-        (lambda path: Image.new("L", (40, 60)).save(path), "(40, 60) pixels, and (60, 40)"),
-        (lambda path: Image.new("I;16", (60, 40)).save(path), "more than 8 bits"),
-        (lambda path: Image.new("F", (60, 40)).save(path, "TIFF"), "more than 8 bits"),
+        (lambda path: Image.new("L", (40, 60)).save(path), "(60, 40) pixels (height, width), and"),
+        (
+            lambda path: Image.new("I;16", (60, 40)).save(path),
+            "more than 8 bits a channel; save it",
+        ),
+        (lambda path: Image.new("F", (60, 40)).save(path, "TIFF"), "save it with 8"),
     ],
 )
 def test_bad_image_files(tmp_path, write, words):
     dataset = CocoDataset(*write_coco(tmp_path))
     write(tmp_path / "a.png")
-    with refused(tmp_path / "a.png", words, "tools/to_coco.py"):
+    with refused(tmp_path / "a.png", words, "save it" if "8" in words else "tools/to_coco.py"):
         dataset[0]
 
 
@@ -269,7 +272,7 @@ def test_wrong_fields(tmp_path, kind, field, value, expected):
         ({"images": [IMAGE, IMAGE]}, "image 7 appears twice"),
         ({"categories": [{"id": k, "name": "dog"} for k in (3, 4)]}, "category 4 has the name"),
         ({"categories": [{"id": 3, "name": "car", "keypoints": ["left_wheel"]}]}, "COCO's 17"),
-        ({"annotations": []}, "none of its 0 objects in 1 images can be used"),
+        ({"annotations": []}, "none of its 1 images can be used"),
         ({"annotations": [OBJECT | {"segmentation": []}]}, "no masks; use --no-masks"),
         (b"PK\3\4\xff\xfe", "unpack it first"),
         (b'{"images": []}', 'needs "images" and "categories"'),
@@ -324,7 +327,7 @@ def test_what_is_accepted_silently_and_right(tmp_path):
         thing | {"segmentation": [SQUARE, [1, 2, 3, 4]], "id": 9, "category_id": 17},
         thing | {"segmentation": [SQUARE], "bbox": [50, 10, 20, 8]},  # sticks out at the right
     ]
-    images = [IMAGE | {"id": 0, "file_name": "sub/ünï 图.png"}, IMAGE | {"id": 10**9}]
+    images = [IMAGE | {"id": 0, "file_name": "sub/ünï 图.png", "name": "a"}, IMAGE | {"id": 10**9}]
     categories = [{"id": 17, "name": "Straße"}, {"id": 0, "name": "a"}]
     paths = write_coco(tmp_path, images=images, annotations=objects, categories=categories)
     paths[1].write_text(paths[1].read_text(), encoding="utf-8-sig")  # with a byte-order mark
@@ -363,7 +366,7 @@ def test_training_leaves_out_what_evaluation_keeps(tmp_path):
     training = CocoDataset(*paths, training=True)
     assert training.classes == ["b", "c", "z"] and training.category_ids == [2, 17, 90]
     assert training.image_ids == [6] and training[0][1]["labels"].tolist() == [3, 1]
-    assert training.num_dropped == 3 and training.num_without_mask == 4
+    assert training.num_dropped == 3
     without_masks = CocoDataset(*paths, training=True, masks=False)
     assert without_masks.num_objects == 6 and "masks" not in without_masks[0][1]
     evaluation = CocoDataset(*paths)
@@ -373,10 +376,6 @@ def test_training_leaves_out_what_evaluation_keeps(tmp_path):
     assert evaluation[2][1]["masks"].sum(dim=(1, 2)).tolist() == [160] * 3 + [0] * 4
     truth = evaluation.coco_gt()
     assert [truth.annToMask(truth.anns[k]).sum() for k in range(4, 11)] == [160] * 3 + [0] * 4
-    # Image 9 has no annotation at all; the others have some that are not to be learned.
-    with_empty = CocoDataset(*paths, training=True, keep_empty=True)
-    assert with_empty.image_ids == [6, 9] and with_empty.num_dropped == 2
-    assert with_empty[1][1]["masks"].shape == (0, 40, 60)
 
 
 def test_keypoint_training_keeps_images_with_a_labelled_keypoint(toy):

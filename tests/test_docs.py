@@ -266,17 +266,6 @@ def test_the_library_is_used_as_shown(page, title, tmp_path, monkeypatch):
         assert detector.load_model("squares.pth").data_settings["classes"] == ["square"]
 
 
-def test_the_picture_of_readme_is_made_as_shown(tmp_path, monkeypatch):
-    (code,) = blocks(PAGES["docs/tools.md"], "python")
-    for folder in ("runs/toy/pictures", "docs"):
-        (tmp_path / folder).mkdir(parents=True)
-    for i in range(8):
-        Image.new("RGB", (60, 40 + i)).save(tmp_path / "runs/toy/pictures" / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "tools.md", "exec"), {})
-    assert Image.open("docs/detections.png").size == (1200, 640)
-
-
 # -- Pieces to copy --------------------------------------------------------------------------------
 
 OWN_IMPORT = re.compile(r"^from (norms|model|data|train) import (.+)$", re.M)

@@ -104,9 +104,8 @@ def test_cascades_subsets_and_sizes():
     recipes = {name: recipe_of(name) for name in PAPER}
     cascades = [name for name, recipe in recipes.items() if recipe.cascade_iterations]
     assert cascades == [name for name in PAPER if name.endswith("-cascade")] and len(cascades) == 3
-    for name in cascades:  # the last 270k of 810k; class-agnostic from the first iteration
+    for name in cascades:  # the last 270k of 810k
         assert recipes[name].cascade_start == recipes[name].first_change == 540_000
-        assert recipes[name].settings == {"box_class_agnostic": True}
     assert recipes["r50-gn"].cascade_start == 540_000  # never: the end
     sizes = {"r50-gn-35k": 35_000, "r50-gn-10k": 10_000, "r50-gn-3.5k": 3500, "r50-gn-1k": 1000}
     assert {name: r.subset for name, r in recipes.items() if r.subset} == sizes
@@ -281,7 +280,7 @@ def test_recipe_at_full_width(name, tmp_path, monkeypatch):
     monkeypatch.setitem(train.RECIPES, name, reduced)
     for skipped in ("evaluate_and_log", "save_checkpoint", "show_results"):
         monkeypatch.setattr(train, skipped, lambda *_: None)
-    steps, _ = run(name, root, tmp_path, "--iterations", "3")
+    steps, _ = run(name, root, tmp_path, "--stop-after", "3")
     assert len(steps) == 3
     assert ("loss_classifier_3" in steps[-1]) == bool(recipe.cascade_iterations)
     first, classes = steps[0], 1 if recipe.keypoints else 80

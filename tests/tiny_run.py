@@ -48,8 +48,12 @@ def run_train(recipe, arguments, fault=None, pictures=False):
     arguments = ["--recipe", "tiny", "--device", "cpu", "--workers", "0", *arguments]
     ending = train.show_results if pictures else lambda *_: None  # slow
     ending = mock.patch.object(train, "show_results", ending)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with mock.patch.dict(train.RECIPES, tiny=recipe), ending:
-        return evaluate.run_command("train.py", train.main, arguments)
+        code = evaluate.run_command("train.py", train.main, arguments)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return code
 
 
 # -- Faults --------------------------------------------------------------------------------------

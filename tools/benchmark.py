@@ -79,13 +79,23 @@ def scaled_model(args):
     return model
 
 
+def compile_parts(model):
+    """torch.compile what has a fixed graph: the parts with convolutions, for images of any size."""
+    torch._dynamo.config.recompile_limit = 32  # all heads share one function
+    heads = [*model.box_heads, *filter(None, [model.mask_head, model.keypoint_head])]
+    for part in filter(None, [model.backbone, model.fpn, *(head.convs for head in heads)]):
+        part.compile(dynamic=True)
+
+
 class Ours:
     """This project, as train.py and evaluate.py use it."""
 
     def __init__(self, args, compile=False):
         self.device, self.model = args.device, scaled_model(args)
-        recipe = replace(train.RECIPES["r50-gn"], learning_rate=RATE, compile=compile)
-        train.place(self.model, recipe, args.device)
+        recipe = replace(train.RECIPES["r50-gn"], learning_rate=RATE)
+        train.place(self.model, args.device)
+        if compile:
+            compile_parts(self.model)
         self.optimizer = train.make_optimizer(self.model, recipe)
 
     def prepare(self, image, target):
@@ -99,7 +109,7 @@ class Ours:
         """Masks [N, height, width], of the image's size in its file, on the CPU."""
         [found] = self.model([image.to(self.device)])
         boxes = found["boxes"].float().cpu()
-        boxes = data.resize_boxes(boxes, image.shape[1:], (height, width), flip=False)
+        boxes = data.move_boxes(boxes, image.shape[1:], (height, width), flip=False)
         return evaluate.paste_masks(found["masks"], boxes, height, width)
 
 

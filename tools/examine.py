@@ -32,7 +32,7 @@ APART = "masks do not fit their boxes; tools/to_coco.py --boxes-from-masks mends
 def look(dataset, index):
     """Image `index` -> (its path, what would stop training or None, what is odd, its hash)."""
     record = dataset.record(index)
-    path, (width, height) = Path(dataset.image_dir, record["file_name"]), record["size"]
+    path, (height, width) = Path(dataset.image_dir, record["file_name"]), record["size"]
     odd = []
     try:
         for o in record["objects"]:
@@ -46,7 +46,7 @@ def look(dataset, index):
                 odd.append("boxes leave their image and are clipped")
             if extent and np.abs(np.subtract(extent, box)).max() > max(3, 0.1 * max(w, h)):
                 odd.append(APART)
-        levels = np.bincount(data.read_image(path, (width, height)).flatten())
+        levels = np.bincount(data.read_image(path, (height, width)).flatten())
     except data.UserError as error:
         return path, str(error), odd, None
     if np.count_nonzero(levels) < 32:
@@ -93,21 +93,22 @@ def examine(root, split, masks, recipe, problems, odd):
     problems += found
     if dataset is None:
         return None, [], {}
-    labels, boxes, resized, counts, hashes = Counter(), [], [], [], {}
+    labels, boxes, resized, counts, hashes, without_mask = Counter(), [], [], [], {}, 0
     for index in range(len(dataset)):
-        objects, (width, height) = map(dataset.record(index).get, ("objects", "size"))
+        objects, (height, width) = map(dataset.record(index).get, ("objects", "size"))
         scale = data.resize_shape(height, width, recipe.test_size, recipe.max_size)[0] / height
-        usable = [o["bbox"] for o in objects if data.is_usable(o, width, height, masks)]
+        usable = [o["bbox"] for o in objects if data.is_usable(o, (height, width), masks)]
         labels.update(dataset.classes[o["label"] - 1] for o in objects)
         boxes += [o["bbox"] for o in objects]
         resized += [np.multiply(box, scale) for box in usable]
         counts.append(len(usable))
+        without_mask += sum(masks and o["segmentation"] == [] for o in objects)
     many = ", ".join(f"{label} {n:,}" for label, n in labels.most_common(12))
     print(f"  {len(dataset):,} images, {len(boxes):,} objects, {len(labels)} classes: {many}")
     unseen = [name for name in dataset.classes if name not in labels]
     for count, text in (
         (len(boxes) - len(resized), "objects are not trained on: crowds, without box or mask"),
-        (dataset.num_without_mask, "objects have no mask: background, or --no-masks"),
+        (without_mask, "objects have no mask: background, or --no-masks"),
         (0 if masks else len(boxes), "objects are boxes only: train with --no-masks"),
         (counts.count(0), "images have no object to train on"),
         (sum(n > 100 for n in counts), "images have more than the 100 objects that can be found"),

@@ -111,6 +111,34 @@ def training(s):
     return [draw(s.image, t, objects, layer, margin=0.1) for t, layer in panels.items()]
 
 
+def box_coding(s):
+    """An object (black) is coded by how an anchor (blue) must change to become it. First the anchor
+    moves, by dx of its widths and dy of its heights (orange). Then its sides are multiplied by
+    exp(dw) and exp(dh). Drawn is the object that fits its best anchor least."""
+    if s.target is None or len(s.target["boxes"]) == 0:
+        return []
+    every, objects = torch.cat(s.anchors), s.target["boxes"]
+    iou, best = ops.box_iou(objects, every).max(dim=1)
+    least = iou.argmin()
+    anchor, truth = every[best[least]], objects[least]
+    dx, dy, dw, dh = detector.encode_boxes(truth, anchor).tolist()
+    start, end = centres(torch.stack([anchor, truth]))
+    moved = anchor + (end - start).repeat(2)
+    x, y = end.tolist()
+
+    def middles(box):  # of the four sides
+        left, top, right, bottom = box.tolist()
+        return torch.tensor([[left, y], [right, y], [x, top], [x, bottom]])
+
+    arrows = torch.stack([middles(moved), middles(truth)], dim=1)
+    first = (anchor[None], BLUE), (moved[None], ORANGE), (torch.stack([start, end])[None], RED)
+    second = (moved[None], ORANGE), (truth[None], "black"), (arrows, RED)
+    return [
+        draw(s.image, f"dx = {dx:.2f}, dy = {dy:.2f}", *first, width=480, margin=0.1),
+        draw(s.image, f"dw = {dw:.2f}, dh = {dh:.2f}", *second, width=480, margin=0.1),
+    ]
+
+
 def objectness(s):
     """How sure the RPN is of an object at each position: the sigmoid of the best anchor's logit
     there, dark for 0 and yellow for 1."""
@@ -162,7 +190,7 @@ def roi_align(s):
     the level at the red points of the bin. Each is interpolated between the four nearest pixels of
     the level, whose centres are black. The blue square has the four of one point in its corners."""
     box, bins = s.proposals[s.origin[0] if len(s.origin) else 0], s.c.box_roi_size
-    level = int(detector.roi_levels(box, s.model.backbone.strides))
+    level = int(detector.roi_levels(box[None], s.model.backbone.strides))
     stride = s.model.backbone.strides[level]
     points, (nx, ny) = sampling_points(box, bins, s.c.roi_sampling_ratio, stride)
     side, point = (box[2:] - box[:2]) / bins, points[len(points) // 2]
@@ -241,8 +269,8 @@ def detections(s):
 
 
 STEPS = (
-    network_input, features, anchors, training, objectness, proposals, roi_levels, roi_align,
-    refinement, scores, masks, keypoints, detections,
+    network_input, features, anchors, training, box_coding, objectness, proposals, roi_levels,
+    roi_align, refinement, scores, masks, keypoints, detections,
 )  # fmt: skip
 
 

@@ -69,8 +69,6 @@ def describe_samples(recipe, objects, pixels):
 def time_steps(recipe, args, train_set, steps):
     """Seconds of a training step of one process: the median of so many."""
     _, _, device = evaluate.start_processes(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as train.py does
     still = replace(recipe, learning_rate=0.0)  # the weights stay as they are
     model, optimizer = train.start_model(still, args, None, train_set, device)
     loader = iter(train.make_loader(recipe, args, train_set, 0))

@@ -141,7 +141,7 @@ class Source:
             self.note("sizes of images mended: missing, or no whole numbers", path)
             sides = []
         try:
-            height, width = read_image(path, list(map(int, sides))).shape[1:]
+            height, width = read_image(path, list(map(int, sides))[::-1]).shape[1:]
             objects = objects(width, height) if callable(objects) else objects
             kept = [mend(self, o, path, width, height) for o in objects]
         except UserError as error:
