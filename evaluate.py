@@ -447,8 +447,7 @@ def draw(image, detections, classes=None, score=0.5):
     if image.is_floating_point():
         image = (image * 255).round().to(torch.uint8)
     size = tuple(image.shape[1:])
-    least, most = PICTURE_SIDES
-    scale = min(max(max(size), least), most) / max(size)
+    scale = min(max(max(size), PICTURE_SIDES[0]), PICTURE_SIDES[1]) / max(size)
     new_size = height, width = [max(1, round(scale * side)) for side in size]
     picture = data.resize_image(image.cpu(), *new_size)
     # Drawn from the worst to the best, so that no other covers the best one's name
@@ -625,8 +624,6 @@ def run_command(name, function, arguments=None):
         return code
     except (UserError, WeightsError, OSError) as error:
         message = str(error).rpartition("UserError: ")[2].strip()  # without a worker's traceback
-    except torch.cuda.OutOfMemoryError:
-        message = "the GPU's memory is too small; use --images-per-gpu 1 or --amp."
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -316,7 +316,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
 
-            # 4) A step of SGD, if all losses and gradients are finite; after a signal, the last one
+            # 4) A step of SGD, unless a loss or gradient is not finite; after a signal, the last
             stop = look_before_step(iteration, model, losses, targets, signals)
             optimizer.step()
             iteration += 1
@@ -632,16 +632,16 @@ def find_checkpoint(recipe, args, train_set):
 def read_run(path, ours):
     """A checkpoint to continue from; ours: the `identity` of this run. UserError if they differ."""
     checkpoint = detector.read_checkpoint(path)
-    theirs = checkpoint.get("run", {})
-    differ = differences(theirs, ours)
-    for cause in ("recipe", "init"):  # from which other differences follow
-        differ = {cause: differ[cause]} if cause in differ else differ
-    if "batch_size" in differ:
-        advice = "choose --images-per-gpu and the number of processes so that it stays the same"
-        raise UserError(f"{path} is of a run of another {differ['batch_size']}; {advice}.")
-    if "iterations" in differ:
-        advice = f"branch off it with --from {path.parent} and a new --out"
-        raise UserError(f"{path} is of a run of other {differ['iterations']}; {advice}.")
+    differ = differences(checkpoint.get("run", {}), ours)
+    causes = {  # of other differences, and what to do about them
+        "recipe": "give another --out",
+        "init": "give another --out",
+        "batch_size": "choose --images-per-gpu and the number of processes so that it stays",
+        "iterations": f"branch off it with --from {path.parent} and a new --out",
+    }
+    for cause, advice in causes.items():
+        if cause in differ:
+            raise UserError(f"{path} is of a run with another {differ[cause]}; {advice}.")
     changes = [differ.pop(name) for name in MAY_CHANGE if name in differ]
     if differ:
         raise UserError(f"{path} is of another run: {', '.join(differ.values())}.")

@@ -554,7 +554,6 @@ def raise_(error):
         (UserError("a file is wrong"), "a file is wrong"),
         (detector.WeightsError("w.pt is broken"), "w.pt"),
         (OSError(28, "No space left on device", "x/y.json"), "x/y.json"),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "--images-per-gpu 1"),
     ],
 )
 def test_errors_of_users_are_one_line(error, words, capsys):

@@ -277,11 +277,17 @@ def test_a_run_is_not_continued_as_another(command, capsys, monkeypatch):
     assert command("first") == 1
     assert str(out) in (said := sentence(capsys)) and "--resume" in said
     for arguments, named in [
-        (["--images-per-gpu", "1"], "batch_size (2 there, 1 here); choose --images-per-gpu"),
-        (["--recipe", "another"], "another run: recipe ('tiny' there, 'another' here)."),
+        (
+            ["--images-per-gpu", "1"],
+            "another batch_size (2 there, 1 here); choose --images-per-gpu",
+        ),
+        (
+            ["--recipe", "another"],
+            "another recipe ('tiny' there, 'another' here); give another --out.",
+        ),
         (["--data", str(other)], "classes"),
         (["--train-split", "val2017"], "images"),
-        (["--init", str(train.checkpoints_in(out)[-1])], "another run: init ('random' there"),
+        (["--init", str(train.checkpoints_in(out)[-1])], "another init ('random' there"),
         (["--norm", "syncbn"], "norm ('gn' there"),
         (["--schedule", "4x"], f"--from {out}"),
     ]:
