@@ -9,7 +9,6 @@ from PIL import Image
 from tiny_run import NARROW
 
 import model as detector
-from data import UserError
 from tools import look_inside
 from tools.toy_coco import make_toy_coco
 
@@ -62,12 +61,6 @@ def test_every_step_has_a_picture(tmp_path, toy, monkeypatch, kind):
     for name in shown:
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 100 and len(picture.getcolors(10**6)) > 2, name
-
-
-def test_an_image_that_is_not_in_the_data(tmp_path, toy):
-    Image.new("RGB", (80, 60)).save(tmp_path / "other.png")
-    with pytest.raises(UserError, match="other.png"):
-        look(make_model(), tmp_path / "other.png", tmp_path, "--data", toy)
 
 
 @pytest.mark.parametrize("cascade", [False, True])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from norms import NORMS, BatchNorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
+from norms import NORMS, FrozenBatchNorm, GroupNorm, SyncBatchNorm
 
 CHANNELS = 5
 # Process r's share of the joined batch: images of different number and size.
@@ -162,10 +162,3 @@ def test_two_processes_are_batch_norm_of_all_elements(two_processes, case):
         check(mean[rank], reference[4])
         check(var[rank], reference[5])
         check(evaluated[rank], bn.eval()(x[0].double()))
-
-
-def test_norms_by_name():
-    kinds = [type(NORMS[k](32)) for k in ("gn", "syncbn", "bn", "frozen_bn", "none")]
-    assert kinds == [GroupNorm, SyncBatchNorm, BatchNorm, FrozenBatchNorm, nn.Identity]
-    x = torch.randn(2, 32, 3, 3)
-    torch.testing.assert_close(NORMS["bn"](32)(x), nn.BatchNorm2d(32)(x))

@@ -389,28 +389,6 @@ def test_a_recipe_that_cannot_work_is_refused(changes, named, monkeypatch):
     checked(replace(RECIPES["r50-gn"], amp=True))
 
 
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (["--recipe", "r5000"], "r50-gn"),  # the names that there are
-        (["--schedule", "12x"], "11x"),
-        (["--data", "no/coco"], "no/coco"),
-        (["--init", "no.pth"], "no.pth"),
-        (["--init", "broken.pth"], "broken.pth"),
-    ],
-)
-def test_bad_use_is_said_before_anything_is_made(command, arguments, named, monkeypatch, capsys):
-    monkeypatch.chdir(command.folder)
-    Path("broken.pth").write_bytes(b"PK\3\4 but no weights")
-    try:
-        assert command("bad", *arguments) == 1
-        said = sentence(capsys)
-    except SystemExit as stop:  # argparse's own way
-        assert stop.code == 2
-        said = capsys.readouterr().err
-    assert named in said and not Path("bad").exists()
-
-
 def test_a_small_dev_shm_is_said_at_the_start(command, monkeypatch, capsys):
     isdir = os.path.isdir
     monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm" or isdir(path))

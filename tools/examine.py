@@ -77,7 +77,8 @@ def describe_anchors(boxes, recipe):
     if low[0] >= FEW:
         best = next((i for i, share in enumerate(low) if share < FEW), int(np.argmin(low)))
         base = f'RECIPES["{recipe}"].settings | ' if settings else ""
-        print(f"  {low[best]:.1%} with settings={base}{changes[best]}; larger images help, too")
+        if best > 0:
+            print(f"  {low[best]:.1%} with settings={base}{changes[best]}; larger images help, too")
 
 
 def examine(root, split, masks, recipe, problems, odd):
