@@ -37,6 +37,10 @@ class UserError(ValueError):
     """An error the user can fix: one sentence that says what is wrong, where, and what to do."""
 
 
+CONVERT = "convert a data set of another layout with tools/to_coco.py"
+MEND = "correct it, or let tools/to_coco.py mend it"
+
+
 # -- The pair (image, target) ----------------------------------------------------------------------
 
 
@@ -84,8 +88,7 @@ class CocoDataset(Dataset):
             size, chosen = (image["height"], image["width"]), objects.pop(image["id"])
             if training:
                 chosen = [o for o in chosen if is_usable(o, size, masks)]
-                labelled = [o for o in chosen if o["num_keypoints"]] if keypoints else chosen
-                if not labelled:
+                if not chosen or (keypoints and not any(o["num_keypoints"] for o in chosen)):
                     continue
             record = {"file_name": image["file_name"], "size": size, "objects": chosen}
             records[image["id"]] = record
@@ -93,6 +96,8 @@ class CocoDataset(Dataset):
             raise UserError(f"{annotation_file}: none of its {len(images):,} images can be used.")
         self.num_dropped = len(images) - len(records)
         self.image_ids = list(records) if subset is None else choose_subset(records, subset)
+        self.heights, self.widths = np.array([records[i]["size"] for i in self.image_ids]).T
+        self.num_objects = sum(len(records[i]["objects"]) for i in self.image_ids)
         self._pack(records)
 
     def record(self, index):
@@ -143,14 +148,10 @@ class CocoDataset(Dataset):
 
         Workers share its memory; a Python object is copied as soon as its reference count changes.
         """
-        sizes, self.num_objects, self._ends, buffer = [], 0, [], bytearray()
+        self._ends, buffer = [], bytearray()
         for image_id in self.image_ids:
-            record = records.pop(image_id)
-            sizes.append(record["size"])
-            self.num_objects += len(record["objects"])
-            buffer += pickle.dumps(record)
+            buffer += pickle.dumps(records.pop(image_id))
             self._ends.append(len(buffer))
-        self.heights, self.widths = np.array(sizes).T
         self._records = torch.frombuffer(buffer, dtype=torch.uint8)
 
     def coco_gt(self):
@@ -183,9 +184,8 @@ class CocoDataset(Dataset):
 def is_usable(o, size, masks):
     """Whether an object (an annotation) of an image of size (H, W) is trained on.
 
-    It must be no crowd, have a box with an area inside the image and, with masks, a mask. Detectron
-    asks for area > 0 and sides > 1 pixel, and to it a proposal with IoU >= 0.5 to a crowd is
-    foreground of the crowd's class. Here, as in Detectron2, crowds are no targets.
+    It must be no crowd, have a box with an area inside the image and, with masks, a mask.
+    (Detectron asks for area > 0 and sides > 1 pixel.)
     """
     x, y, w, h = o["bbox"]
     inside_x = min(x + w, size[1]) - max(x, 0)
@@ -334,8 +334,8 @@ def paint_segmentation(mask, segmentation, old_size, flip):
 #   2) TrainingSet    draws size and flip from the image's seed and passes it on as target["seed"]
 #   3) model.py       `generator_of` seeds the choice of the image's anchors and RoIs with it
 #
-# So a resumed run, a shared trunk and any number of workers make the same choices. With another
-# images_per_gpu, the groups and so the batches hold other images.
+# So a resumed run, a branch of another run and any number of workers make the same choices. With
+# another images_per_gpu, the groups and so the batches hold other images.
 
 
 def seed_of(*numbers):
@@ -375,8 +375,8 @@ class BatchSampler(Sampler):
         groups = itertools.chain.from_iterable(map(self.epoch_groups, itertools.count()))
         start = self.start_iteration * self.world_size + self.rank
         own_groups = itertools.islice(groups, start, None, self.world_size)
-        batch = range(self.world_size * self.images_per_gpu)  # positions in the whole batch
-        own_positions = batch[self.rank * self.images_per_gpu :][: self.images_per_gpu]
+        first = self.rank * self.images_per_gpu
+        own_positions = range(first, first + self.images_per_gpu)  # in the whole batch
         for iteration, group in enumerate(own_groups, start=self.start_iteration):
             seeds = [seed_of(self.seed, iteration, position) for position in own_positions]
             yield list(zip(group.tolist(), seeds))
@@ -425,9 +425,6 @@ def ignore_interrupts(_):
 
 
 # -- Reading and checking: images ------------------------------------------------------------------
-
-CONVERT = "convert a data set of another layout with tools/to_coco.py"
-MEND = "correct it, or let tools/to_coco.py mend it"
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 megapixels
 
@@ -490,7 +487,7 @@ def read_coco(file, masks=False, keypoints=False):
     what is wrong.
     """
     content = read_json(file)
-    problem = next(coco_problems(content, file, masks, keypoints), None)
+    problem = next(coco_problems(content, file, masks, keypoints), None)  # the first, if any
     if problem:
         raise UserError(problem)
     content = {"info": {}, "annotations": []} | content
@@ -556,14 +553,15 @@ def coco_problems(content, file, masks=False, keypoints=False):
     if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
         yield f'{file} is not a COCO annotation file: it needs "images" and "categories".'
         return
-    unused = ["segmentation"] * (not masks) + ["keypoints"] * (not keypoints)
+    used = {"segmentation": masks, "keypoints": keypoints}
+    unused = [field for field in used if not used[field]]
     known = {"images": set(), "categories": set(), "class names": set()}
-    one = {"images": "image", "categories": "category", "annotations": "annotation"}
-    for kind in one:
+    singular = {"images": "image", "categories": "category", "annotations": "annotation"}
+    for kind in singular:
         for entry in content.get(kind, []):
             problem = entry_problem(kind, entry, known, unused)
             if problem:
-                yield f"{file}: {one[kind]} {entry.get('id')} {problem}; {MEND}."
+                yield f"{file}: {singular[kind]} {entry.get('id')} {problem}; {MEND}."
             if kind != "annotations":
                 known[kind].add(entry.get("id"))
             if kind == "categories":

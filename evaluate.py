@@ -4,7 +4,8 @@
     python evaluate.py --weights FILE --images a.jpg DIR --out DIR detections as JSON and pictures
 
 In reading order: prediction on an image (`predict`), test-time augmentation, metrics over all
-processes (`evaluate`), pictures (`draw`), command line. The end is plumbing that train.py uses too.
+processes (`evaluate`), pictures (`draw`), command line. The end is plumbing, from which train.py
+takes its functions for processes and errors.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from model import WeightsError, check_images, has_area, load_model, write_whole
 
 
 def predict(model, image, min_size=None, max_size=None, tta=False):
-    """Detect the objects of one image.
+    """Detect the objects of one image: `predict_image` for any kind of image, with whole masks.
 
     model: a MaskRCNN, in whatever mode; image: the path of a file, an array [H, W, 3] or a tensor
     [3, H, W], RGB, uint8 or float in [0, 1]; min_size, max_size: what the network sees has a
@@ -201,9 +202,7 @@ def vote_boxes(detections, scores, boxes, score_threshold):
     [P, K + 1] and boxes: [P, K or 1, 4], all of them. Returns [N, 4]; scores do not change.
     """
     voted = detections["boxes"].clone()
-    boxes = boxes.expand(
-        -1, scores.shape[1] - 1, -1
-    )  # [P, K, 4]; of a cascade, one for all classes
+    boxes = boxes.expand(-1, scores.shape[1] - 1, -1)  # [P, K, 4]
     for label in detections["labels"].unique().tolist():
         kept = detections["labels"] == label
         voters = scores[:, label] > score_threshold
@@ -247,8 +246,7 @@ def evaluate(model, dataset, out=None, tta=False, workers=2, amp=False, metric=N
     where data set and model have different classes.
     """
     advice = "metrics need the same; see detections with --images, or train with train.py --init"
-    # (Weights of other projects may name no classes.)
-    named = model.data_settings["classes"] or dataset.classes
+    named = model.data_settings["classes"] or dataset.classes  # (converted weights: perhaps None)
     data.check_classes(dataset, named, "the weights", advice)
     truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
     rank, world_size = rank_and_size()
@@ -314,12 +312,12 @@ def to_results(detections, size):
 
 def write_and_measure(model, dataset, truth, results, out, metric):
     """Write the files of results and compute the metrics, as `evaluate` returns them."""
-    kinds = {"bbox": "bbox"}
-    kinds |= {"segm": "segmentation"} if model.config.masks else {}
-    kinds |= {"keypoints": "keypoints"} if model.config.keypoints else {}
+    field_of = {"bbox": "bbox"}
+    field_of |= {"segm": "segmentation"} if model.config.masks else {}
+    field_of |= {"keypoints": "keypoints"} if model.config.keypoints else {}
     by_kind = {}
-    for kind, field in kinds.items():  # pycocotools takes the kind of a result from its fields
-        fields = ("image_id", "category_id", "score", field)
+    for kind in field_of:  # pycocotools takes the kind of a result from its fields: one for each
+        fields = ("image_id", "category_id", "score", field_of[kind])
         by_kind[kind] = [{name: result[name] for name in fields} for result in results]
     if out is not None and rank_and_size()[0] == 0:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -348,7 +346,8 @@ def coco_metrics(truth, results, kind, dataset):
         scorer.summarize()
     names = ["AP", "AP50", "AP75", *([] if kind == "keypoints" else ["APs"]), "APm", "APl"]
     metrics = {name: percent(value) for name, value in zip(names, scorer.stats)}
-    precision = scorer.eval["precision"][..., 0, -1]  # [IoU thresholds, recalls, classes]
+    # Of all areas and 100 detections an image: [IoU thresholds, recalls, classes]
+    precision = scorer.eval["precision"][..., 0, -1]
     per_class = [percent(precision[:, :, k]) for k in range(len(dataset.classes))]
     return metrics | {"per_class": dict(zip(dataset.classes, per_class))}
 
@@ -421,7 +420,7 @@ def format_table(metrics):
 
 
 def format_classes(metrics):
-    """The AP of each class as such a table."""
+    """The AP of each class as such a table: a row for each class, a column for bbox, segm, ..."""
     by_class = {kind: row["per_class"] for kind, row in metrics.items()}
     names = next(iter(by_class.values()))
     return format_table({name: {kind: by_class[kind][name] for kind in by_class} for name in names})
@@ -521,14 +520,13 @@ def main(arguments=None):
         if rank == 0:
             paths, out = find_images(args.images), args.out or "."
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                for *files, found in predict_files(model, paths, out, args.score, args.tta):
-                    print(*files, f"{len(found['scores'])} detections", sep="  ")
+                for path, picture, found in predict_files(model, paths, out, args.score, args.tta):
+                    print(f"{path}: {len(found['scores'])} detections, {picture}")
             print(f"{out}/detections.json")
         return
     masks, keypoints = model.config.masks, bool(model.config.keypoints)
     dataset = data.open_split(args.data, args.split, masks=masks, keypoints=keypoints)
-    settings = args.tta, args.workers, args.amp, args.metric
-    metrics = evaluate(model, dataset, args.out, *settings)
+    metrics = evaluate(model, dataset, args.out, args.tta, args.workers, args.amp, args.metric)
     if rank == 0:
         if args.per_class:
             print(format_classes(metrics) + "\n")

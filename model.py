@@ -204,7 +204,7 @@ class Samples(NamedTuple):
 
     boxes: torch.Tensor  # [S, 4]
     labels: torch.Tensor  # [S] int64; 0 is background
-    matched: torch.Tensor  # [S]: index of the object that each overlaps most
+    matched: torch.Tensor  # [S]: index of the object that each overlaps most (background: any)
 
 
 def overlaps(truth, boxes):
@@ -480,8 +480,8 @@ class RPN(nn.Module):
             # box has a gradient of 1 at most. These targets have no weights, so beta is smaller.
             positive = index[labels[index] == 1]
             box_targets = encode_boxes(target["boxes"][matched[positive]], anchors[positive])
-            x, beta = deltas[i, positive], c.rpn_smooth_l1_beta
-            box_loss += F.smooth_l1_loss(x, box_targets, reduction="sum", beta=beta)
+            predicted, beta = deltas[i, positive], c.rpn_smooth_l1_beta
+            box_loss += F.smooth_l1_loss(predicted, box_targets, reduction="sum", beta=beta)
         denominator = c.rpn_batch_size_per_image * len(targets)  # also where fewer were drawn
         return {"loss_objectness": loss / denominator, "loss_rpn_box_reg": box_loss / denominator}
 
@@ -616,7 +616,7 @@ class KeypointHead(nn.Module):
 
 
 def mask_targets(masks, matched, boxes, bins):
-    """The part of each object's mask inside its RoI, as 0 and 1: float [S, size, size].
+    """The part of each object's mask inside its RoI, as 0 and 1: float [S, bins, bins].
 
     RoIAlign of the matched object's bit mask, then a threshold, as Detectron2's
     BitMasks.crop_and_resize (Detectron draws polygons, of the object whose polygons' box overlaps
@@ -675,9 +675,9 @@ class MaskRCNN(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Sizes to test at, and classes; set by training and by loading a checkpoint.
-        self.data_settings = {"min_size": 800, "max_size": 1333}
-        self.data_settings |= {"classes": None, "category_ids": None}
+        # Not the network's, but stored with it: sizes to test at, names and ids of the classes.
+        names = {"classes": None, "category_ids": None}
+        self.data_settings = {"min_size": 800, "max_size": 1333} | names
         for name, value in (("image_mean", config.image_mean), ("image_std", config.image_std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(3, 1, 1))
 
@@ -832,7 +832,7 @@ class MaskRCNN(nn.Module):
             loss_classifier     all sampled RoIs                       ln 81 = 4.39 (80 classes)
             loss_box_reg        all sampled RoIs                       small (little foreground)
             loss_mask           foreground RoIs * 28^2                 above ln 2: 0.7 to 0.8
-            loss_keypoint       labelled keypoints inside their RoIs   ln 56^2 = 8.05
+            loss_keypoint       labelled keypoints inside their RoIs   about ln 56^2 = 8.05
 
         These numbers are counted in this process's own batch. DDP then averages the gradients over
         the processes: a sample counts for less in a process that has many, as in Detectron.
@@ -898,8 +898,8 @@ class MaskRCNN(nn.Module):
             box_targets = encode_boxes(torch.cat(truth), torch.cat(boxes)[is_foreground])  # [F, 4]
             box_targets = box_targets * self.box_weights(stage)
             column = 0 if c.box_class_agnostic else labels[is_foreground] - 1
-            x, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
-            box_loss = F.smooth_l1_loss(x, box_targets, reduction="sum", beta=beta)
+            predicted, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
+            box_loss = F.smooth_l1_loss(predicted, box_targets, reduction="sum", beta=beta)
             count = max(len(labels), 1)  # *all* sampled RoIs: each counts the same (Fast R-CNN)
             name = f"_{stage + 1}" if stages > 1 else ""
             losses["loss_classifier" + name] = class_loss / count
@@ -985,8 +985,8 @@ def initialize(model):
     """Random weights as in Detectron2: He et al.'s for convolutions, Xavier for FPN and fc layers.
 
     (Detectron's own backbone had Xavier, too.) The layers that predict start near zero, except for
-    the masks' (Detectron). Every gamma starts at 1. (Zero for the last one of a block is usual in
-    ImageNet training, but hurts GN detectors from scratch, notes Detectron2.)
+    the masks' and the keypoints' (Detectron). Every gamma starts at 1. (Zero for the last one of a
+    block is usual in ImageNet training, but hurts GN detectors from scratch, notes Detectron2.)
     Every bias and beta starts at 0.
     """
     for module in model.modules():
@@ -1082,7 +1082,7 @@ def load_weights(model, path):
     if misfits:
         raise WeightsError(f"{path} has another backbone than this model: see {misfits[0]}.")
     statistics = {name: theirs[name] for name in ("image_mean", "image_std")}
-    model.config = dataclasses.replace(ours, **statistics)
+    model.config = dataclasses.replace(ours, **statistics)  # as the buffers that are loaded now
     model.load_state_dict(fitting, strict=False)
     layers = dict.fromkeys(name.rpartition(".")[0] for name in left)
     return f"{path}: {len(fitting)} tensors loaded; left as they were: {', '.join(layers) or '-'}"

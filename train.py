@@ -106,7 +106,7 @@ class Recipe:
 
     @property
     def first_change(self):
-        """Until here, this schedule and any longer one of the same recipe are one and the same."""
+        """Where this schedule first differs from a longer one: branches start here (--from)."""
         return min(self.drops[0], self.cascade_start)
 
 
@@ -293,7 +293,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     log = Log(args.out, iteration, last)
     kept = kept_iterations(recipe)
     signals, stop = watch_signals(), False
-    if evaluation_due(iteration, recipe, last):  # killed after a checkpoint, before its evaluation
+    if evaluation_due(iteration, recipe, last):  # what comes after a checkpoint, comes again
         evaluate_and_log(model, val_set, args, iteration, log)
     with log.bar:
         while iteration < last and not stop:
@@ -317,7 +317,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             sum(losses.values()).backward()
 
             # 4) A step of SGD, unless a loss or gradient is not finite; after a signal, the last
-            stop = look_before_step(iteration, model, losses, targets, signals)
+            stop = check_step(iteration, model, losses, targets, signals)
             optimizer.step()
             iteration += 1
 
@@ -325,11 +325,10 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             log.bar.update()
             if iteration % recipe.log_every == 0 or iteration == last:
                 log.step(iteration, rate, losses, recipe.batch_size)
-            evaluates = evaluation_due(iteration, recipe, last)
-            saves = evaluates or stop or iteration % recipe.checkpoint_every == 0
-            if saves or iteration in kept:
+            is_due = evaluation_due(iteration, recipe, last)
+            if is_due or stop or iteration % recipe.checkpoint_every == 0 or iteration in kept:
                 save_checkpoint(model, optimizer, iteration, recipe, args, train_set)
-            if evaluates and not stop:
+            if is_due and not stop:
                 evaluate_and_log(model, val_set, args, iteration, log)
     if stop:
         say(f"Stopped by a signal after step {iteration:,}; --resume continues.")
@@ -341,8 +340,8 @@ def evaluation_due(iteration, recipe, last):
     return iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last)
 
 
-def look_before_step(iteration, model, losses, targets, signals):
-    """Whether a signal has come to any process; UserError if any has a loss that is not finite.
+def check_step(iteration, model, losses, targets, signals):
+    """UserError if any process has a loss that is not finite; whether to stop, for a signal to any.
 
     All processes look together, in one all-reduce, and so end together. The weights are still those
     of before the step. Gradients are looked at too: they may overflow where the loss does not.
@@ -375,7 +374,7 @@ def start_model(recipe, args, checkpoint, train_set, device):
     else:
         settings = {"masks": recipe.masks, "keypoints": recipe.keypoints}
         settings |= {"freeze_at": recipe.freeze_at, "num_classes": len(train_set.classes)}
-        if recipe.cascade_iterations:  # its stages hand on one box of each RoI
+        if recipe.cascade_iterations:  # from the start, so that stage 1 survives the switch
             settings["box_class_agnostic"] = True
         settings |= recipe.settings
         if args.init != "random":  # pre-trained weights decide where the stride is
@@ -394,7 +393,7 @@ def start_model(recipe, args, checkpoint, train_set, device):
 
 
 def place(model, device):
-    """Put the model on its device, in training mode; on a GPU in channels_last, which is faster."""
+    """Put the model on its device, in training mode; on a GPU in the format of its convolutions."""
     memory = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model.to(device, memory_format=memory).train()
 
@@ -511,17 +510,17 @@ def say(text):
 def grow_to_cascade(model, optimizer, recipe):
     """The model as a three-stage cascade, with an optimizer for it (Sec. 5.1 "Enhanced baselines").
 
-    The box heads of stages 1 and 2 start as copies of stage 0's. Stage s divides its deltas by
-    (s + 1) * (10, 10, 5, 5) (model.py, `box_weights`), so the regressor copied to it is multiplied
-    by s + 1: it then predicts the same boxes. Parameters that there were keep their momentum.
+    Stages 2 and 3 start as copies of stage 1. Stage s divides its deltas by s * (10, 10, 5, 5)
+    (model.py, `box_weights`), so the regressor copied to it is multiplied by s: it then predicts
+    the same boxes as stage 1. Parameters that there were before keep their momentum.
     """
     grown = detector.build_model(**dataclasses.asdict(model.config) | {"cascade": True})
     state = model.state_dict()
     for name, tensor in list(state.items()):
         if name.startswith("box_heads.0."):
-            for stage in (1, 2):
-                factor = stage + 1 if ".regressor." in name else 1
-                state[name.replace("box_heads.0", f"box_heads.{stage}")] = tensor * factor
+            for stage in (2, 3):  # box_heads counts from 0
+                factor = stage if ".regressor." in name else 1
+                state[name.replace("box_heads.0", f"box_heads.{stage - 1}")] = tensor * factor
     grown.load_state_dict(state)
     grown.data_settings = model.data_settings
     place(grown, model.image_mean.device)
@@ -541,10 +540,12 @@ def grow_to_cascade(model, optimizer, recipe):
 #
 # Which images make a batch, their flips, and the sampling of anchors and RoIs are functions of
 # (seed, iteration, position in the batch): data.py, "The route of the seed".
+#
+# A checkpoint also holds the identity of its run. A run continues from it only if its own is equal.
 
 
 def identity(recipe, args, train_set):
-    """What makes a run this run: a checkpoint says it, and all processes must agree on it."""
+    """The facts that make a run this run; all its processes must agree on them."""
     facts = dataclasses.asdict(recipe) | {"recipe": args.recipe, "seed": args.seed}
     for name in ("eval_every", "checkpoint_every", "log_every", "paper"):  # change no weight
         del facts[name]
@@ -633,15 +634,15 @@ def read_run(path, ours):
     """A checkpoint to continue from; ours: the `identity` of this run. UserError if they differ."""
     checkpoint = detector.read_checkpoint(path)
     differ = differences(checkpoint.get("run", {}), ours)
-    causes = {  # of other differences, and what to do about them
+    advice = {
         "recipe": "give another --out",
         "init": "give another --out",
         "batch_size": "choose --images-per-gpu and the number of processes so that it stays",
         "iterations": f"branch off it with --from {path.parent} and a new --out",
     }
-    for cause, advice in causes.items():
+    for cause in advice:  # other differences follow from these
         if cause in differ:
-            raise UserError(f"{path} is of a run with another {differ[cause]}; {advice}.")
+            raise UserError(f"{path} is of a run with another {differ[cause]}; {advice[cause]}.")
     changes = [differ.pop(name) for name in MAY_CHANGE if name in differ]
     if differ:
         raise UserError(f"{path} is of another run: {', '.join(differ.values())}.")
@@ -660,8 +661,8 @@ def read_trunk(recipe, args, train_set):
     shared = [path for path in found if iteration_of(path) <= parting]
     if not shared:
         raise UserError(f"--from {args.trunk}: it has no checkpoint that both schedules share.")
-    # All but the total must be the same.
-    return read_run(shared[-1], identity(recipe, args, train_set) | {"iterations": total})
+    expected = identity(recipe, args, train_set) | {"iterations": total}  # that may differ
+    return read_run(shared[-1], expected)
 
 
 # -- Recipes that are not the paper's: generated data, own data ------------------------------------
@@ -807,6 +808,16 @@ def make_datasets(recipe, args):
     return train_set, val_set
 
 
+def check_agreement(facts):
+    """Raise UserError in all processes if any has other facts."""
+    differ = {}
+    everywhere = gather(facts)
+    for theirs in everywhere:
+        differ |= differences(theirs, everywhere[0])
+    if differ:
+        raise UserError(f"The processes differ in {', '.join(differ.values())}; start all alike.")
+
+
 def describe(recipe, args, world_size, num_images):
     """The plan of a run as text: iterations, epochs, where the rate drops, the batch."""
     total, batch = recipe.iterations, recipe.batch_size
@@ -861,12 +872,7 @@ def main(arguments=None):
     train_set, val_set = make_datasets(recipe, args)
     checkpoint = find_checkpoint(recipe, args, train_set)
     start = checkpoint["iteration"] if checkpoint else 0
-    everywhere = gather(identity(recipe, args, train_set) | {"starts after": start})
-    differ = {}
-    for theirs in everywhere:
-        differ |= differences(theirs, everywhere[0])
-    if differ:
-        raise UserError(f"The processes differ in {', '.join(differ.values())}; start all alike.")
+    check_agreement(identity(recipe, args, train_set) | {"starts after": start})
     print_header(recipe, args, checkpoint, train_set, val_set, device)
     train(recipe, args, checkpoint, train_set, val_set, device)
 

@@ -119,12 +119,15 @@ def box_coding(s):
         return []
     every, objects = torch.cat(s.anchors), s.target["boxes"]
     iou, best = ops.box_iou(objects, every).max(dim=1)
-    least = iou.argmin()
-    anchor, truth = every[best[least]], objects[least]
+    pair = torch.stack([every[best[iou.argmin()]], objects[iou.argmin()]])
+    around = (pair[1, 2:] - pair[1, :2]) / 3  # the picture is cut out around the two
+    low = (pair[:, :2].amin(dim=0) - around).clamp(min=0).int()
+    high = (pair[:, 2:].amax(dim=0) + around).int()
+    crop = s.image[:, low[1] : high[1], low[0] : high[0]]
+    anchor, truth = pair - low.repeat(2)
     dx, dy, dw, dh = detector.encode_boxes(truth, anchor).tolist()
     start, end = centres(torch.stack([anchor, truth]))
-    moved = anchor + (end - start).repeat(2)
-    x, y = end.tolist()
+    moved, (x, y) = anchor + (end - start).repeat(2), end.tolist()
 
     def middles(box):  # of the four sides
         left, top, right, bottom = box.tolist()
@@ -134,8 +137,8 @@ def box_coding(s):
     first = (anchor[None], BLUE), (moved[None], ORANGE), (torch.stack([start, end])[None], RED)
     second = (moved[None], ORANGE), (truth[None], "black"), (arrows, RED)
     return [
-        draw(s.image, f"dx = {dx:.2f}, dy = {dy:.2f}", *first, width=480, margin=0.1),
-        draw(s.image, f"dw = {dw:.2f}, dh = {dh:.2f}", *second, width=480, margin=0.1),
+        draw(crop, f"dx = {dx:.2f}, dy = {dy:.2f}", *first, width=400),
+        draw(crop, f"dw = {dw:.2f}, dh = {dh:.2f}", *second, width=400),
     ]
 
 
