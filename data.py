@@ -78,7 +78,7 @@ class CocoDataset(Dataset):
         labels = {category_id: k for k, category_id in enumerate(self.category_ids, start=1)}
         images = sorted(content["images"], key=lambda image: image["id"])
         objects = {image["id"]: [] for image in images}
-        for o in content.pop("annotations"):
+        for o in content.pop("annotations"):  # (all that is popped here frees memory)
             o["label"] = labels[o["category_id"]]
             objects[o["image_id"]].append(o)
 
@@ -99,11 +99,6 @@ class CocoDataset(Dataset):
         self.heights, self.widths = np.array([records[i]["size"] for i in self.image_ids]).T
         self.num_objects = sum(len(records[i]["objects"]) for i in self.image_ids)
         self._pack(records)
-
-    def record(self, index):
-        """An image's `file_name`, `size` (H, W) and `objects`: annotations with their `label`."""
-        start = self._ends[index - 1] if index > 0 else 0
-        return pickle.loads(self._records[start : self._ends[index]].numpy())
 
     def __len__(self):
         return len(self.image_ids)
@@ -153,6 +148,11 @@ class CocoDataset(Dataset):
             buffer += pickle.dumps(records.pop(image_id))
             self._ends.append(len(buffer))
         self._records = torch.frombuffer(buffer, dtype=torch.uint8)
+
+    def record(self, index):
+        """An image's `file_name`, `size` (H, W) and `objects`: annotations with their `label`."""
+        start = self._ends[index - 1] if index > 0 else 0
+        return pickle.loads(self._records[start : self._ends[index]].numpy())
 
     def coco_gt(self):
         """The annotations as a pycocotools COCO object, for COCOeval; read again from the file.
@@ -525,24 +525,30 @@ def is_segmentation(value):
     return are_lists and not any(isinstance(x, list) for polygon in parts for x in polygon[:1])
 
 
-# What the entries of COCO's lists must hold: {list: [(field, in words, test), ...]}.
+# Fields that entries of COCO's lists must have: (name, what it must hold, test)
 ID = ("id", "an integer", lambda v: isinstance(v, int))
-COCO_FIELDS = {
-    "images": [
-        ID,
-        ("file_name", "text", lambda v: isinstance(v, str)),
-        ("width", "a positive integer", lambda v: isinstance(v, int) and 0 < v < 2**16),
-        ("height", "a positive integer", lambda v: isinstance(v, int) and 0 < v < 2**16),
-    ],
-    "categories": [ID, ("name", "text", lambda v: isinstance(v, str))],
-    "annotations": [
-        ("bbox", "4 numbers x, y, w, h", lambda v: are_numbers(v, 4)),
-        ("iscrowd", "0 or 1", lambda v: v in (None, 0, 1)),
-        ("area", "a number", lambda v: v is None or isinstance(v, (int, float))),
-        ("segmentation", "polygons [[x, y, x, y, ...], ...] or an RLE", is_segmentation),
-        ("keypoints", "17 times x, y, v", lambda v: are_numbers(v, 51)),
-    ],
-}
+IMAGE_FIELDS = [
+    ID,
+    ("file_name", "text", lambda v: isinstance(v, str)),
+    ("width", "a positive integer", lambda v: isinstance(v, int) and 0 < v < 2**16),
+    ("height", "a positive integer", lambda v: isinstance(v, int) and 0 < v < 2**16),
+]
+CATEGORY_FIELDS = [ID, ("name", "text", lambda v: isinstance(v, str))]
+ANNOTATION_FIELDS = [
+    ("bbox", "4 numbers x, y, w, h", lambda v: are_numbers(v, 4)),
+    ("iscrowd", "0 or 1", lambda v: v in (None, 0, 1)),
+    ("area", "a number", lambda v: v is None or isinstance(v, (int, float))),
+]
+MASK_FIELDS = [("segmentation", "polygons [[x, y, x, y, ...], ...] or an RLE", is_segmentation)]
+KEYPOINT_FIELDS = [("keypoints", "17 times x, y, v", lambda v: are_numbers(v, 51))]
+
+
+def field_problem(entry, fields):
+    """Words for the first field of an entry that does not hold what it must, or None."""
+    for name, expected, is_right in fields:
+        if not is_right(entry.get(name)):
+            return f'must have {expected} as "{name}", not {entry.get(name)!r:.60}'
+    return None
 
 
 def coco_problems(content, file, masks=False, keypoints=False):
@@ -553,38 +559,36 @@ def coco_problems(content, file, masks=False, keypoints=False):
     if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
         yield f'{file} is not a COCO annotation file: it needs "images" and "categories".'
         return
-    used = {"segmentation": masks, "keypoints": keypoints}
-    unused = [field for field in used if not used[field]]
-    known = {"images": set(), "categories": set(), "class names": set()}
-    singular = {"images": "image", "categories": "category", "annotations": "annotation"}
-    for kind in singular:
-        for entry in content.get(kind, []):
-            problem = entry_problem(kind, entry, known, unused)
-            if problem:
-                yield f"{file}: {singular[kind]} {entry.get('id')} {problem}; {MEND}."
-            if kind != "annotations":
-                known[kind].add(entry.get("id"))
-            if kind == "categories":
-                known["class names"].add(entry.get("name"))
+    image_ids, class_ids, class_names = set(), set(), set()
+    for image in content["images"]:
+        problem = field_problem(image, IMAGE_FIELDS)
+        if not problem and image["id"] in image_ids:
+            problem = "appears twice"
+        if problem:
+            yield f"{file}: image {image.get('id')} {problem}; {MEND}."
+        image_ids.add(image.get("id"))
 
+    for category in content["categories"]:
+        problem = field_problem(category, CATEGORY_FIELDS)
+        if not problem and category["id"] in class_ids:
+            problem = "appears twice"
+        elif not problem and category["name"] in class_names:
+            problem = f"has the name of another, {category['name']!r}"
+        elif keypoints and category.get("keypoints", KEYPOINT_NAMES) != KEYPOINT_NAMES:
+            problem = "has other keypoints than COCO's 17"
+        if problem:
+            yield f"{file}: category {category.get('id')} {problem}; {MEND}."
+        class_ids.add(category.get("id"))
+        class_names.add(category.get("name"))
 
-def entry_problem(kind, entry, known, unused):
-    """What is wrong with an entry of one of COCO's three lists, or None."""
-    for field, expected, is_right in COCO_FIELDS[kind]:
-        if field not in unused and not is_right(entry.get(field)):
-            return f'must have {expected} as "{field}", not {entry.get(field)!r:.60}'
-    if kind == "annotations":
-        for field, owners in (("image_id", "images"), ("category_id", "categories")):
-            if entry.get(field) not in known[owners]:
-                return f"has {field} {entry.get(field)!r}, which is not in the file"
-    elif entry["id"] in known[kind]:
-        return "appears twice"
-    elif kind == "categories":
-        if entry["name"] in known["class names"]:
-            return f"has the name of another, {entry['name']!r}"
-        if "keypoints" not in unused and entry.get("keypoints", KEYPOINT_NAMES) != KEYPOINT_NAMES:
-            return "has other keypoints than COCO's 17"
-    return None
+    fields = ANNOTATION_FIELDS + MASK_FIELDS * masks + KEYPOINT_FIELDS * keypoints
+    for o in content.get("annotations", []):
+        problem = field_problem(o, fields)
+        for name, ids in (("image_id", image_ids), ("category_id", class_ids)):
+            if not problem and o.get(name) not in ids:
+                problem = f"has {name} {o.get(name)!r}, which is not in the file"
+        if problem:
+            yield f"{file}: annotation {o.get('id')} {problem}; {MEND}."
 
 
 def segmentation_problem(segmentation, size):

@@ -39,13 +39,41 @@ from model import WeightsError, check_images, has_area, load_model, write_whole
 # -- Prediction on an image ------------------------------------------------------------------------
 
 
-def predict(model, image, min_size=None, max_size=None, tta=False):
-    """Detect the objects of one image: `predict_image` for any kind of image, with whole masks.
+def predict_image(model, image, min_size=None, max_size=None, tta=False):
+    """Detect the objects of one image [3, H, W] with a model in evaluation mode.
 
-    model: a MaskRCNN, in whatever mode; image: the path of a file, an array [H, W, 3] or a tensor
-    [3, H, W], RGB, uint8 or float in [0, 1]; min_size, max_size: what the network sees has a
-    shorter side of min_size pixels, unless the longer one exceeds max_size (None: the sizes stored
-    with the weights); tta: test-time augmentation.
+    min_size, max_size: what the network sees has a shorter side of min_size pixels, unless the
+    longer one exceeds max_size (None: the sizes stored with the weights); tta: test-time
+    augmentation. Returns the dict of `MaskRCNN.forward` on the CPU, best score first, in the pixels
+    of this image; `masks` are the probabilities [N, 28, 28] inside of each box.
+    """
+    size = tuple(image.shape[1:])
+    min_size = min_size or model.data_settings["min_size"]
+    max_size = max_size or model.data_settings["max_size"]
+    if tta:
+        views = tta_views(size, min_size, max_size)
+        input_size, _ = views[0]
+        detections = predict_views(model, image, views)
+    else:
+        input_size = data.resize_shape(*size, min_size, max_size)
+        view = data.resize_image(image, *input_size)
+        [detections] = model([view.to(model.image_mean.device)])
+
+    # On the CPU, in the pixels of the image
+    found = {name: value.cpu() for name, value in detections.items()}
+    boxes = data.move_boxes(found["boxes"], input_size, size, flip=False)
+    found["boxes"] = ops.clip_boxes_to_image(boxes, size)
+    if "keypoints" in found:
+        found["keypoints"] *= torch.tensor([size[1] / input_size[1], size[0] / input_size[0], 1])
+    kept = has_area(found["boxes"])
+    return {name: value[kept] for name, value in found.items()}
+
+
+def predict(model, image, min_size=None, max_size=None, tta=False):
+    """`predict_image` for users: any kind of image, a model in whatever mode, whole masks.
+
+    image: the path of a file, an array [H, W, 3] or a tensor [3, H, W], RGB, uint8 or float in
+    [0, 1]; the other arguments: as for `predict_image`.
 
     Returns a dict on the CPU, best score first, all in the pixels of this image: `boxes` [N, 4]
     float xyxy, `labels` [N] int64 (1..K), `scores` [N], `masks` [N, H, W] bool (of a model with
@@ -77,33 +105,6 @@ def evaluation_mode(model):
             yield model.eval()
     finally:
         model.train(training)
-
-
-def predict_image(model, image, min_size=None, max_size=None, tta=False):
-    """As `predict`, but image is a tensor [3, H, W], and the model in evaluation mode.
-
-    `masks` stay the probabilities [N, 28, 28] of each box.
-    """
-    size = tuple(image.shape[1:])
-    min_size = min_size or model.data_settings["min_size"]
-    max_size = max_size or model.data_settings["max_size"]
-    if tta:
-        views = tta_views(size, min_size, max_size)
-        resized, _ = views[0]
-        detections = predict_views(model, image, views)
-    else:
-        resized = data.resize_shape(*size, min_size, max_size)
-        view = data.resize_image(image, *resized)
-        [detections] = model([view.to(model.image_mean.device)])
-
-    # On the CPU, in the pixels of the image; float32 again, where amp made it bfloat16
-    found = {k: v.cpu() if k == "labels" else v.cpu().float() for k, v in detections.items()}
-    boxes = data.move_boxes(found["boxes"], resized, size, flip=False)
-    found["boxes"] = ops.clip_boxes_to_image(boxes, size)
-    if "keypoints" in found:
-        found["keypoints"] *= torch.tensor([size[1] / resized[1], size[0] / resized[0], 1.0])
-    kept = has_area(found["boxes"])
-    return {name: value[kept] for name, value in found.items()}
 
 
 def paste_masks(masks, boxes, height, width):
@@ -210,8 +211,7 @@ def vote_boxes(detections, scores, boxes, score_threshold):
         agree = ops.box_iou(voted[kept], candidates) >= TTA_VOTE_IOU
         weights = agree * scores[voters, label]
         total = weights.sum(dim=1, keepdim=True)  # 0: a box without area, of IoU 0 with itself
-        with torch.autocast(boxes.device.type, enabled=False):  # bfloat16 rounds to 4 or 8 pixels
-            mean = weights @ candidates / total.clamp(min=1e-12)
+        mean = weights @ candidates / total.clamp(min=1e-12)
         voted[kept] = torch.where(total > 0, mean, voted[kept])
     return voted
 
@@ -225,20 +225,21 @@ def vote_boxes(detections, scores, boxes, score_threshold):
 #     precision = right ones so far / detections so far,    recall = right ones so far / objects
 #
 # AP at t is the area under precision over recall, where precision is the best at this or any higher
-# recall. AP50 is the mean over the classes at t = 0.5, and AP75 at 0.75. COCO's AP is the mean over
-# t = 0.5, 0.55, ..., 0.95, too. APs, APm, APl: objects below 32^2, up to 96^2, above 96^2 pixels.
+# recall (COCO reads it at 101 recalls). AP50 is the mean over the classes at t = 0.5, AP75 at 0.75.
+# COCO's AP is the mean over the classes and over t = 0.5, 0.55, ..., 0.95. APs, APm and APl are AP
+# of objects below 32^2, up to 96^2 and above 96^2 pixels.
 # IoU is that of boxes for "bbox" and of masks for "segm"; keypoints have a similarity of their own.
 
 
-def evaluate(model, dataset, out=None, tta=False, workers=2, amp=False, metric=None):
+def evaluate(model, dataset, out=None, tta=False, workers=2, metric=None):
     """Metrics of a model on a data set, in percent.
 
     Where torch.distributed is initialized, every process calls this, takes its share of the images
     and returns the same. model: a MaskRCNN (not wrapped in DDP), in whatever mode; dataset: a
     CocoDataset made for evaluation; out: a folder for `results_bbox.json`, `results_segm.json` and
     `results_keypoints.json` in COCO's submission format; tta: test-time augmentation; workers:
-    processes that read images; amp: bfloat16; metric: "coco" or "voc" (None: VOC's if annotations
-    have its field "difficult").
+    processes that read images; metric: "coco" or "voc" (None: VOC's if annotations have its field
+    "difficult").
 
     Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"}}, the same as "segm" for a model
     with masks, {"AP", "AP50", "AP75", "APm", "APl"} as "keypoints"; for VOC {"voc": {"mAP50"}};
@@ -251,14 +252,16 @@ def evaluate(model, dataset, out=None, tta=False, workers=2, amp=False, metric=N
     truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
     rank, world_size = rank_and_size()
     indices = range(rank, len(dataset), world_size)
-    device = model.image_mean.device.type
-    with evaluation_mode(model), torch.autocast(device, torch.bfloat16, enabled=amp):
+    with evaluation_mode(model):
         share = predict_dataset(model, dataset, indices, tta, workers, progress=rank == 0)
     by_image = {}
     for their_share in gather(share):
         by_image |= their_share
     # In the data set's order, whatever the number of processes
     results = [result for image_id in dataset.image_ids for result in by_image[image_id]]
+    if metric is None:
+        is_voc = any("difficult" in annotation for annotation in truth.dataset["annotations"])
+        metric = "voc" if is_voc else "coco"
     return write_and_measure(model, dataset, truth, results, out, metric)
 
 
@@ -269,7 +272,7 @@ def predict_dataset(model, dataset, indices, tta, workers, progress):
     its neighbours.
     """
     images = copy.copy(dataset)
-    images.masks = images.keypoints = False  # the objects to find: pycocotools reads them itself
+    images.masks = images.keypoints = False  # only the images are needed here
     loader = data.read_ahead(images, workers, indices)
     bar = tqdm(loader, "evaluate", len(indices), leave=False, disable=not progress)
     results = {}
@@ -323,9 +326,6 @@ def write_and_measure(model, dataset, truth, results, out, metric):
         Path(out).mkdir(parents=True, exist_ok=True)
         for kind, of_kind in by_kind.items():
             write_whole(Path(out, f"results_{kind}.json"), json.dumps(of_kind).encode())
-    if metric is None:
-        is_voc = any("difficult" in annotation for annotation in truth.dataset["annotations"])
-        metric = "voc" if is_voc else "coco"
     if metric == "voc":
         return {"voc": voc_metrics(truth, results, dataset)}
     return {kind: coco_metrics(truth, by_kind[kind], kind, dataset) for kind in by_kind}
@@ -519,14 +519,13 @@ def main(arguments=None):
     if args.images:
         if rank == 0:
             paths, out = find_images(args.images), args.out or "."
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                for path, picture, found in predict_files(model, paths, out, args.score, args.tta):
-                    print(f"{path}: {len(found['scores'])} detections, {picture}")
+            for path, picture, found in predict_files(model, paths, out, args.score, args.tta):
+                print(f"{path}: {len(found['scores'])} detections, {picture}")
             print(f"{out}/detections.json")
         return
     masks, keypoints = model.config.masks, bool(model.config.keypoints)
     dataset = data.open_split(args.data, args.split, masks=masks, keypoints=keypoints)
-    metrics = evaluate(model, dataset, args.out, args.tta, args.workers, args.amp, args.metric)
+    metrics = evaluate(model, dataset, args.out, args.tta, args.workers, args.metric)
     if rank == 0:
         if args.per_class:
             print(format_classes(metrics) + "\n")
@@ -546,7 +545,6 @@ def make_parser():
     add("--split", default="val2017", help="which part of --data (val2017)")
     add("--metric", choices=["coco", "voc"], help="(voc where annotations have VOC's difficult)")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, about 20x the time")
-    add("--amp", action="store_true", help="bfloat16: faster on a GPU, slightly different numbers")
     add("--per-class", action="store_true", help="AP of each class of --data, too")
     add("--score", type=float, default=0.5, help="--images: the least score that is shown (0.5)")
     add("--workers", type=int, default=2, help="processes that read the images of --data (2)")

@@ -86,7 +86,7 @@ class Config:
     box_head_fc_channels: int = 1024
     box_class_agnostic: bool = False  # one box for all classes; a cascade needs it
     box_fg_iou_thresh: float = 0.5
-    cascade_fg_iou_thresh: tuple = (0.6, 0.7)  # of stages 2 and 3
+    cascade_fg_iou_thresh: tuple = (0.5, 0.6, 0.7)  # of the three stages
     box_batch_size_per_image: int = 512
     box_positive_fraction: float = 0.25  # at most
     bbox_reg_weights: tuple = (10.0, 10.0, 5.0, 5.0)  # see encode_boxes
@@ -269,17 +269,18 @@ class ConvNorm(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 with a shortcut; the stride is on the 3x3 (MSRA's weights have it on the 1x1).
 
-    ResNeXt: `groups` is the cardinality, `width` the channels of all groups together.
+    ResNeXt: `config.groups` is the cardinality, `width` the channels of all groups together.
     """
 
-    def __init__(self, inputs, width, outputs, norm, stride, groups, stride_in_1x1):
+    def __init__(self, config, inputs, width, outputs, stride):
         super().__init__()
-        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        norm = config.norm
+        stride_1x1, stride_3x3 = (stride, 1) if config.stride_in_1x1 else (1, stride)
         self.shortcut = None
         if inputs != outputs or stride != 1:
             self.shortcut = ConvNorm(inputs, outputs, 1, norm, stride, relu=False)
         self.conv1 = ConvNorm(inputs, width, 1, norm, stride_1x1)
-        self.conv2 = ConvNorm(width, width, 3, norm, stride_3x3, groups)
+        self.conv2 = ConvNorm(width, width, 3, norm, stride_3x3, config.groups)
         self.conv3 = ConvNorm(width, outputs, 1, norm, relu=False)
 
     def forward(self, x):  # [B, inputs, H, W] -> [B, outputs, H / stride, W / stride]
@@ -321,8 +322,7 @@ class ResNet(Backbone):
             width = config.groups * config.width_per_group * 2**i
             for j in range(config.blocks[i]):
                 stride = 2 if i > 0 and j == 0 else 1
-                shape = (inputs, width, outputs, config.norm, stride)
-                stage.append(Bottleneck(*shape, config.groups, config.stride_in_1x1))
+                stage.append(Bottleneck(config, inputs, width, outputs, stride))
                 inputs = outputs
             setattr(self, f"res{i + 2}", stage)
         stages = [self.stem, self.res2, self.res3, self.res4, self.res5]
@@ -450,11 +450,13 @@ class RPN(nn.Module):
         proposals = []
         for i, size in enumerate(sizes):
             # 1) the best anchors of each level, and their boxes
-            best = [x[i].topk(min(before, x.shape[1])) for x in objectness]
-            scores = torch.cat([b.values for b in best])  # [N]
-            levels = torch.cat([torch.full_like(b.indices, k) for k, b in enumerate(best)])
-            chosen = zip(deltas, anchors, best)
-            boxes = [decode_boxes(d[i, b.indices], a[b.indices]) for d, a, b in chosen]
+            boxes, scores, levels = [], [], []
+            for k, logits in enumerate(objectness):
+                best, index = logits[i].topk(min(before, logits.shape[1]))
+                boxes.append(decode_boxes(deltas[k][i, index], anchors[k][index]))
+                scores.append(best)
+                levels.append(torch.full_like(index, k))
+            scores, levels = torch.cat(scores), torch.cat(levels)
             # 2) clipped; one outside the image has no area left (Detectron also leaves out those
             #    with their centre outside)
             boxes = ops.clip_boxes_to_image(torch.cat(boxes), size)
@@ -676,8 +678,8 @@ class MaskRCNN(nn.Module):
         super().__init__()
         self.config = config
         # Not the network's, but stored with it: sizes to test at, names and ids of the classes.
-        names = {"classes": None, "category_ids": None}
-        self.data_settings = {"min_size": 800, "max_size": 1333} | names
+        self.data_settings = {"min_size": 800, "max_size": 1333}
+        self.data_settings |= {"classes": None, "category_ids": None}
         for name, value in (("image_mean", config.image_mean), ("image_std", config.image_std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(3, 1, 1))
 
@@ -848,7 +850,10 @@ class MaskRCNN(nn.Module):
         # 3) heads
         box_losses, samples = self.box_losses(features, samples, targets, sizes)
         losses |= box_losses
-        foreground = [Samples(*(field[s.labels > 0] for field in s)) for s in samples]
+        foreground = []
+        for s in samples:
+            index = s.labels.nonzero()[:, 0]
+            foreground.append(Samples(s.boxes[index], s.labels[index], s.matched[index]))
         if self.mask_head:
             losses |= self.mask_loss(features, foreground, targets)
         if self.keypoint_head:
@@ -911,7 +916,7 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def next_samples(self, boxes, deltas, stage, targets, sizes):
         """What a cascade's stage hands to the next: its boxes, matched anew; empty ones dropped."""
-        samples, threshold = [], self.config.cascade_fg_iou_thresh[stage]
+        samples, threshold = [], self.config.cascade_fg_iou_thresh[stage + 1]
         for refined, target in zip(self.refine(boxes, deltas, stage, sizes), targets):
             refined = refined[:, 0]  # [S, 1, 4] -> [S, 4]
             refined = refined[has_area(refined)]  # [S', 4]
@@ -984,9 +989,9 @@ def check_targets(images, targets, config):
 def initialize(model):
     """Random weights as in Detectron2: He et al.'s for convolutions, Xavier for FPN and fc layers.
 
-    (Detectron's own backbone had Xavier, too.) The layers that predict start near zero, except for
-    the masks' and the keypoints' (Detectron). Every gamma starts at 1. (Zero for the last one of a
-    block is usual in ImageNet training, but hurts GN detectors from scratch, notes Detectron2.)
+    (Detectron's own backbone had Xavier, too.) The RPN and the layers that predict classes and
+    boxes start near zero. Every gamma starts at 1. (Zero for the last one of a block is usual in
+    ImageNet training, but hurts GN detectors from scratch, notes Detectron2.)
     Every bias and beta starts at 0.
     """
     for module in model.modules():
@@ -998,7 +1003,7 @@ def initialize(model):
             nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-    for module in model.fpn.modules() if model.fpn else ():
+    for module in model.fpn.modules() if model.fpn else []:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=1)
     for layer in (model.rpn.conv, model.rpn.objectness, model.rpn.deltas):

@@ -11,8 +11,7 @@ The file in reading order:
   -> other recipes -> command line
 
 Training from random weights needs two things: a normalization that works with small batches
-(norms.py) and more iterations. The baseline that is fine-tuned from ImageNet weights has the same
-normalization; nothing else changes.
+(norms.py; the fine-tuned baseline has it, too) and more iterations. Nothing else changes.
 """
 
 import argparse
@@ -74,7 +73,7 @@ class Recipe:
     learning_rate: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    bias_rate: float = 2.0  # biases and betas learn at twice the rate (Detectron)
+    bias_rate_factor: float = 2.0  # biases and betas learn at twice the rate (Detectron)
     warmup_iterations: int = 500  # linear, from a third of the rate (Detectron)
     warmup_factor: float = 1 / 3
     amp: bool = False  # convolutions and matrix products in bfloat16; not the paper's
@@ -207,7 +206,7 @@ def scale_to_batch(recipe, batch_size):
     def scaled(iterations):
         return max(1, round(iterations / ratio))
 
-    return replace(
+    return replace(  # (iterations_pretrained has been chosen or left by now)
         recipe,
         batch_size=batch_size,
         learning_rate=recipe.learning_rate * ratio,
@@ -249,7 +248,7 @@ def learning_rate(iteration, recipe):
 
 
 def make_optimizer(model, recipe):
-    """SGD with Detectron's three groups of parameters; "rate" multiplies the rate.
+    """SGD with Detectron's three groups of parameters.
 
     Weights decay. Gammas of norms do not, since that would only shrink a layer's output. Biases and
     betas do not either, and learn at twice the rate.
@@ -273,9 +272,9 @@ def make_optimizer(model, recipe):
         else:
             weights.append(parameter)
     groups = [
-        {"params": weights, "rate": 1.0, "weight_decay": recipe.weight_decay},
-        {"params": gammas, "rate": 1.0, "weight_decay": 0.0},
-        {"params": biases, "rate": recipe.bias_rate, "weight_decay": 0.0},
+        {"params": weights, "rate_factor": 1.0, "weight_decay": recipe.weight_decay},
+        {"params": gammas, "rate_factor": 1.0, "weight_decay": 0.0},
+        {"params": biases, "rate_factor": recipe.bias_rate_factor, "weight_decay": 0.0},
     ]
     return torch.optim.SGD(groups, recipe.learning_rate, recipe.momentum, fused=True)
 
@@ -284,7 +283,7 @@ def make_optimizer(model, recipe):
 
 
 def train(recipe, args, checkpoint, train_set, val_set, device):
-    """Train by `recipe`, scaled to the batch already, from `checkpoint` on (None: the start)."""
+    """Train by `recipe`, scaled to the batch already; checkpoint: as from `find_checkpoint`."""
     model, optimizer = start_model(recipe, args, checkpoint, train_set, device)
     ddp = wrap(model)
     iteration = checkpoint["iteration"] if checkpoint else 0
@@ -293,7 +292,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     log = Log(args.out, iteration, last)
     kept = kept_iterations(recipe)
     signals, stop = watch_signals(), False
-    if evaluation_due(iteration, recipe, last):  # what comes after a checkpoint, comes again
+    if evaluation_due(iteration, recipe, last):  # it follows the checkpoint: repeat it
         evaluate_and_log(model, val_set, args, iteration, log)
     with log.bar:
         while iteration < last and not stop:
@@ -306,7 +305,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             images, targets = to_device(*next(loader), device)
             rate = learning_rate(iteration, recipe)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
+                group["lr"] = rate * group["rate_factor"]
 
             # 2) The losses (what they are at first: model.py, `MaskRCNN.losses`)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
@@ -316,12 +315,12 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
 
-            # 4) A step of SGD, unless a loss or gradient is not finite; after a signal, the last
+            # 4) A step of SGD. A loss or gradient that is not finite ends the run before it.
             stop = check_step(iteration, model, losses, targets, signals)
             optimizer.step()
             iteration += 1
 
-            # 5) A line of the log, a checkpoint, an evaluation
+            # 5) A line of the log, a checkpoint, an evaluation; after a signal, the end
             log.bar.update()
             if iteration % recipe.log_every == 0 or iteration == last:
                 log.step(iteration, rate, losses, recipe.batch_size)
@@ -341,10 +340,10 @@ def evaluation_due(iteration, recipe, last):
 
 
 def check_step(iteration, model, losses, targets, signals):
-    """UserError if any process has a loss that is not finite; whether to stop, for a signal to any.
+    """Raise UserError if a loss or gradient is not finite; return whether a signal has come.
 
-    All processes look together, in one all-reduce, and so end together. The weights are still those
-    of before the step. Gradients are looked at too: they may overflow where the loss does not.
+    "In any process": all look together, in one all-reduce, and so end together. The weights are
+    still those of before the step. (Gradients may overflow where the loss does not.)
     """
     total = sum(losses.values()).detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -418,9 +417,8 @@ def to_device(images, targets, device):
     def move(value):
         return value.to(device) if torch.is_tensor(value) else value
 
-    images = [move(image) for image in images]
     targets = [{name: move(value) for name, value in target.items()} for target in targets]
-    return images, targets
+    return [move(image) for image in images], targets
 
 
 def watch_signals():
@@ -440,7 +438,7 @@ class Log:
     """OUT/log.jsonl, a JSON object a line, and the progress bar; the first process writes."""
 
     def __init__(self, out, start, last):
-        """Cut the log to `start`: what was logged later comes again."""
+        """Cut the log to `start`: the run repeats what it had logged later."""
         self.path, self.clock = Path(out) / "log.jsonl", (start, time.perf_counter())
         is_first = rank_and_size()[0] == 0
         if is_first:
@@ -595,8 +593,8 @@ def checkpoints_in(out):
 def kept_iterations(recipe):
     """Iterations whose checkpoints are kept for good: where the schedule changes, or others branch.
 
-    All schedules of a recipe are one run, the trunk, until they change first. With 6x as the trunk,
-    2x to 5x cost their last 60k iterations each (--from): all five take 780k instead of 1.8M.
+    All schedules of a recipe are the same until their first change. Branched off a run of 6x, 2x to
+    5x cost their last 60k iterations each (--from): all five take 780k instead of 1.8M.
     """
     count = math.ceil(recipe.iterations / recipe.one_x)
     shorter = (replace(recipe, iterations=round(n * recipe.one_x)) for n in range(1, count))
@@ -627,7 +625,7 @@ def find_checkpoint(recipe, args, train_set):
         raise UserError(f"{there}; give --resume to continue it, or another --out.")
     if found:
         return read_run(found[-1], identity(recipe, args, train_set))
-    return read_trunk(recipe, args, train_set) if args.trunk else None
+    return read_branch_point(recipe, args, train_set) if args.source else None
 
 
 def read_run(path, ours):
@@ -649,18 +647,18 @@ def read_run(path, ours):
     return checkpoint | {"path": path, "changes": changes}
 
 
-def read_trunk(recipe, args, train_set):
+def read_branch_point(recipe, args, train_set):
     """The last checkpoint that this schedule shares with the run in the folder --from.
 
     That run may be longer or shorter than this one, finished or not: the two are the same until
     either of them changes, for nothing before that depends on the total.
     """
-    found = checkpoints_in(args.trunk)
+    found = checkpoints_in(args.source)
     total = detector.read_checkpoint(found[-1]).get("run", {}).get("iterations", 0) if found else 0
-    parting = min(recipe.first_change, replace(recipe, iterations=total).first_change)
-    shared = [path for path in found if iteration_of(path) <= parting]
+    branch_point = min(recipe.first_change, replace(recipe, iterations=total).first_change)
+    shared = [path for path in found if iteration_of(path) <= branch_point]
     if not shared:
-        raise UserError(f"--from {args.trunk}: it has no checkpoint that both schedules share.")
+        raise UserError(f"--from {args.source}: it has no checkpoint that both schedules share.")
     expected = identity(recipe, args, train_set) | {"iterations": total}  # that may differ
     return read_run(shared[-1], expected)
 
@@ -741,7 +739,7 @@ def parse_arguments(arguments):
     add("--workers", type=int, default=2, metavar="N", help="loader processes per GPU (2)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the whole run (0)")
     add("--device", metavar="D", help="cuda or cpu (cuda if there is one)")
-    add("--from", dest="trunk", metavar="DIR", help="branch off a longer or shorter run of the "
+    add("--from", dest="source", metavar="DIR", help="branch off a longer or shorter run of the "
         "same recipe, at the last checkpoint that both schedules share")
     add("--resume", action="store_true", help="continue the run in --out, if there is one; with "
         "another --seed or --learning-rate, if given")
@@ -808,16 +806,6 @@ def make_datasets(recipe, args):
     return train_set, val_set
 
 
-def check_agreement(facts):
-    """Raise UserError in all processes if any has other facts."""
-    differ = {}
-    everywhere = gather(facts)
-    for theirs in everywhere:
-        differ |= differences(theirs, everywhere[0])
-    if differ:
-        raise UserError(f"The processes differ in {', '.join(differ.values())}; start all alike.")
-
-
 def describe(recipe, args, world_size, num_images):
     """The plan of a run as text: iterations, epochs, where the rate drops, the batch."""
     total, batch = recipe.iterations, recipe.batch_size
@@ -872,7 +860,12 @@ def main(arguments=None):
     train_set, val_set = make_datasets(recipe, args)
     checkpoint = find_checkpoint(recipe, args, train_set)
     start = checkpoint["iteration"] if checkpoint else 0
-    check_agreement(identity(recipe, args, train_set) | {"starts after": start})
+    everywhere = gather(identity(recipe, args, train_set) | {"starts after": start})
+    differ = {}
+    for theirs in everywhere:
+        differ |= differences(theirs, everywhere[0])
+    if differ:
+        raise UserError(f"The processes differ in {', '.join(differ.values())}; start all alike.")
     print_header(recipe, args, checkpoint, train_set, val_set, device)
     train(recipe, args, checkpoint, train_set, val_set, device)
 

@@ -29,7 +29,7 @@ BOXES = replace(TINY, masks=False)
 def test_every_parameter_is_in_its_group(norm, freeze_at):
     model = detector.build_model(norm=norm, freeze_at=freeze_at, keypoints=17, **NARROW)
     groups = train.make_optimizer(model, Recipe()).param_groups
-    assert [g["rate"] for g in groups] == [1, 1, 2]  # of weights, gammas, biases
+    assert [g["rate_factor"] for g in groups] == [1, 1, 2]  # of weights, gammas, biases
     assert [g["weight_decay"] for g in groups] == [1e-4, 0, 0]
     assert all(g["momentum"] == 0.9 and not g["nesterov"] for g in groups)
     place = {id(p): i for i, g in enumerate(groups) for p in g["params"]}

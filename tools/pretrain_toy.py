@@ -63,7 +63,7 @@ def pretrain(out, iterations, seed, workers, device):
     bar = tqdm(batches, unit="it", dynamic_ncols=True)
     for iteration, (images, labels) in enumerate(bar):
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(iteration, RECIPE) * group["rate"]
+            group["lr"] = train.learning_rate(iteration, RECIPE) * group["rate_factor"]
         loss = F.cross_entropy(classify(images), labels.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
