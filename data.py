@@ -78,14 +78,15 @@ class CocoDataset(Dataset):
         labels = {category_id: k for k, category_id in enumerate(self.category_ids, start=1)}
         images = sorted(content["images"], key=lambda image: image["id"])
         objects = {image["id"]: [] for image in images}
-        for o in content.pop("annotations"):  # (all that is popped here frees memory)
+        for o in content.pop("annotations"):
             o["label"] = labels[o["category_id"]]
             objects[o["image_id"]].append(o)
 
         # 2) The images that are used
         records = {}
         for image in images:
-            size, chosen = (image["height"], image["width"]), objects.pop(image["id"])
+            size = image["height"], image["width"]
+            chosen = objects.pop(image["id"])  # pop: the rest is freed
             if training:
                 chosen = [o for o in chosen if is_usable(o, size, masks)]
                 if not chosen or (keypoints and not any(o["num_keypoints"] for o in chosen)):
@@ -133,7 +134,7 @@ class CocoDataset(Dataset):
             target["masks"] = torch.from_numpy(masks)
         if self.keypoints:
             keypoints = torch.tensor([o["keypoints"] for o in objects], dtype=torch.float32)
-            keypoints = keypoints.reshape(-1, len(KEYPOINT_NAMES), 3)
+            keypoints = keypoints.reshape(-1, 17, 3)
             keypoints[:, :, :2] += 0.5  # from the index of a pixel to its centre
             target["keypoints"] = move_keypoints(keypoints, old_size, new_size, flip)
         return image, target
@@ -174,7 +175,7 @@ class CocoDataset(Dataset):
         return coco
 
     def check_mask(self, annotation, image_id, size):
-        """UserError for a segmentation that `segmentation_problem` refuses; size: (H, W)."""
+        """UserError for a wrong segmentation; here, as a look at all would delay every start."""
         problem = segmentation_problem(annotation["segmentation"], size)
         if problem:
             name = f"annotation {annotation.get('id')} of image {image_id}"
@@ -195,11 +196,11 @@ def is_usable(o, size, masks):
     return has_area and has_mask and not o["iscrowd"]
 
 
-# -- Splits and subsets (Sec. 5.2) -----------------------------------------------------------------
+# -- Splits and subsets ----------------------------------------------------------------------------
 
 
 def choose_subset(image_ids, count):
-    """The `count` image ids with the smallest hashes, in the order given.
+    """The `count` image ids with the smallest hashes, in the order given (Sec. 5.2).
 
     They depend on the ids alone, not on the machine, and are nested: the 1k images are among the
     3.5k. (The paper's own 35k are a split, valminusminival2014.) Raises UserError if there are
@@ -398,10 +399,10 @@ class TrainingSet(Dataset):
         self.max_size = max_size
         self.flip = flip
 
-    def __getitem__(self, keys):
+    def __getitem__(self, batch):
         images = []
         targets = []
-        for index, seed in keys:
+        for index, seed in batch:
             rng = np.random.default_rng(seed)
             min_size, flip = int(rng.choice(self.min_sizes)), self.flip and rng.random() < 0.5
             image, target = self.dataset.load(index, min_size, self.max_size, flip)
@@ -487,7 +488,7 @@ def read_coco(file, masks=False, keypoints=False):
     what is wrong.
     """
     content = read_json(file)
-    problem = next(coco_problems(content, file, masks, keypoints), None)  # the first, if any
+    problem = next(coco_problems(content, file, masks, keypoints), None)
     if problem:
         raise UserError(problem)
     content = {"info": {}, "annotations": []} | content
@@ -495,12 +496,12 @@ def read_coco(file, masks=False, keypoints=False):
         annotation["iscrowd"] = annotation.get("iscrowd") or 0
         if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        shape = (masks and annotation.get("segmentation")) or []
-        if isinstance(shape, list):
-            shape = [polygon for polygon in shape if len(polygon) >= 6]
-        elif not any(run_lengths(shape)[1::2]):
-            shape = []
-        annotation["segmentation"] = shape
+        segmentation = (masks and annotation.get("segmentation")) or []
+        if isinstance(segmentation, list):
+            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+        elif not any(run_lengths(segmentation)[1::2]):
+            segmentation = []
+        annotation["segmentation"] = segmentation
         if keypoints:
             annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
     objects = content["annotations"]
@@ -554,7 +555,8 @@ def field_problem(entry, fields):
 def coco_problems(content, file, masks=False, keypoints=False):
     """Yield a sentence for each entry that makes parsed JSON unusable as a COCO annotation file.
 
-    masks, keypoints: whether they are used. `segmentation_problem` looks inside of masks.
+    masks, keypoints: whether they are used; `segmentation_problem` looks inside of masks. (Opening
+    a data set ends at the first of these sentences, tools/examine.py shows all.)
     """
     if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
         yield f'{file} is not a COCO annotation file: it needs "images" and "categories".'
@@ -574,7 +576,11 @@ def coco_problems(content, file, masks=False, keypoints=False):
             problem = "appears twice"
         elif not problem and category["name"] in class_names:
             problem = f"has the name of another, {category['name']!r}"
-        elif keypoints and category.get("keypoints", KEYPOINT_NAMES) != KEYPOINT_NAMES:
+        elif (
+            not problem
+            and keypoints
+            and category.get("keypoints", KEYPOINT_NAMES) != KEYPOINT_NAMES
+        ):
             problem = "has other keypoints than COCO's 17"
         if problem:
             yield f"{file}: category {category.get('id')} {problem}; {MEND}."

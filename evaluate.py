@@ -158,23 +158,23 @@ def predict_views(model, image, views):
     1) Scores and boxes of all views are united *before* score threshold and NMS: the views compete
        like the proposals of one image.
     2) Threshold and NMS as usual, then box voting.
-    3) Masks are read for the final boxes in every view and averaged as probabilities.
+    3) Masks are predicted for the final boxes in every view and averaged as probabilities.
     """
     if model.config.keypoints:  # the paper augments the others
         raise UserError("Keypoint models have no test-time augmentation; leave out --tta.")
-    own, _ = views[0]
+    own_size, _ = views[0]
     features, scores, boxes = [], [], []  # of each view
-    for shape, flip in views:
-        view = data.resize_image(image, *shape)
+    for size, flip in views:
+        view = data.resize_image(image, *size)
         view = view.flip(-1) if flip else view
         batch, sizes = model.batch([view.to(model.image_mean.device)])
         view_features = model.features(batch)
         proposals = model.proposals(view_features, sizes)
         [(view_scores, view_boxes)] = model.box_predictions(view_features, proposals, sizes)
         scores.append(view_scores)  # [P, K + 1]
-        moved = data.move_boxes(view_boxes.flatten(0, 1), shape, own, flip)
-        boxes.append(moved.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
-        if model.config.masks:  # in float32, 1.8 GB for an image of COCO
+        own_boxes = data.move_boxes(view_boxes.flatten(0, 1), size, own_size, flip)
+        boxes.append(own_boxes.view_as(view_boxes))  # [P, K, 4], of a cascade [P, 1, 4]
+        if model.config.masks:  # kept for the masks: 1.8 GB for an image of COCO
             features.append(view_features)
     scores = torch.cat(scores)
     boxes = torch.cat(boxes)
@@ -185,9 +185,9 @@ def predict_views(model, image, views):
         return detections
 
     masks = 0
-    for (shape, flip), view_features in zip(views, features):
-        moved = data.move_boxes(detections["boxes"], own, shape, flip)
-        [view_masks] = model.mask_probabilities(view_features, [moved], [detections["labels"]])
+    for (size, flip), view_features in zip(views, features):
+        view_boxes = data.move_boxes(detections["boxes"], own_size, size, flip)
+        [view_masks] = model.mask_probabilities(view_features, [view_boxes], [detections["labels"]])
         masks = masks + (view_masks.flip(-1) if flip else view_masks)
     detections["masks"] = masks / len(views)
     return detections
@@ -246,7 +246,7 @@ def evaluate(model, dataset, out=None, tta=False, workers=2, metric=None):
     None where there is no object to find. Each has "per_class", too: {class: AP}. Raises UserError
     where data set and model have different classes.
     """
-    advice = "metrics need the same; see detections with --images, or train with train.py --init"
+    advice = "metrics need equal ones; see detections with --images, or train with train.py --init"
     named = model.data_settings["classes"] or dataset.classes  # (converted weights: perhaps None)
     data.check_classes(dataset, named, "the weights", advice)
     truth = dataset.coco_gt()  # first: a fault in it should not show up after hours
@@ -324,8 +324,8 @@ def write_and_measure(model, dataset, truth, results, out, metric):
         by_kind[kind] = [{name: result[name] for name in fields} for result in results]
     if out is not None and rank_and_size()[0] == 0:
         Path(out).mkdir(parents=True, exist_ok=True)
-        for kind, of_kind in by_kind.items():
-            write_whole(Path(out, f"results_{kind}.json"), json.dumps(of_kind).encode())
+        for kind, kind_results in by_kind.items():
+            write_whole(Path(out, f"results_{kind}.json"), json.dumps(kind_results).encode())
     if metric == "voc":
         return {"voc": voc_metrics(truth, results, dataset)}
     return {kind: coco_metrics(truth, by_kind[kind], kind, dataset) for kind in by_kind}
@@ -346,7 +346,7 @@ def coco_metrics(truth, results, kind, dataset):
         scorer.summarize()
     names = ["AP", "AP50", "AP75", *([] if kind == "keypoints" else ["APs"]), "APm", "APl"]
     metrics = {name: percent(value) for name, value in zip(names, scorer.stats)}
-    # Of all areas and 100 detections an image: [IoU thresholds, recalls, classes]
+    # Of all areas and the most detections an image: [IoU thresholds, recalls, classes]
     precision = scorer.eval["precision"][..., 0, -1]
     per_class = [percent(precision[:, :, k]) for k in range(len(dataset.classes))]
     return metrics | {"per_class": dict(zip(dataset.classes, per_class))}
@@ -458,7 +458,7 @@ def draw(image, detections, classes=None, score=0.5):
     colors = [COLORS[i % len(COLORS)] for i in order]
     if "masks" in shown:
         masks = shown["masks"]
-        if masks.is_floating_point():
+        if masks.is_floating_point():  # as from `predict_image`
             masks = paste_masks(masks, boxes, height, width)
         else:
             masks = F.interpolate(masks[None].byte(), new_size)[0].bool()
@@ -566,7 +566,7 @@ def find_images(paths):
     return files
 
 
-# -- Plumbing, for train.py and the tools too: processes, errors, memory ---------------------------
+# -- Plumbing, for train.py and the tools too: processes, errors -----------------------------------
 
 
 def start_processes(device_name=None):
@@ -585,8 +585,10 @@ def start_processes(device_name=None):
             advice = f"start at most {count} processes (--nproc-per-node), or use --device cpu"
             raise UserError(f"There is no {device}: {advice}.")
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
+    else:  # glibc keeps freed memory for the next step: asking the kernel again was a third of it
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+                ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Shares of an evaluation do not take equally long: more than the default of 10 minutes
@@ -626,17 +628,6 @@ def run_command(name, function, arguments=None):
         message = f"{data.first_line(error)}: memory is short, perhaps; use fewer --workers."
     print(f"{name}: {message}", file=sys.stderr)
     return 1
-
-
-def keep_freed_memory():
-    """Make glibc, where there is one, keep freed memory for the next step.
-
-    A step on the CPU takes and frees the same gigabytes as the one before. Getting them from the
-    kernel, which clears every page, was a third of its time.
-    """
-    with contextlib.suppress(OSError, TypeError, AttributeError):
-        for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 
 if __name__ == "__main__":

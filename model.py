@@ -50,7 +50,7 @@ class Config:
     masks: bool = True
     keypoints: int = 0  # how many an object has; COCO's person: 17
     cascade: bool = False  # three box stages (Sec. 5.1 "Enhanced baselines")
-    # Of RGB images in [0, 1]: Detectron's pixel mean, and no division by a deviation.
+    # Of RGB images in [0, 1]: Detectron's pixel mean; dividing by 1/255 makes it 0..255 again.
     image_mean: tuple = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
     image_std: tuple = (1 / 255, 1 / 255, 1 / 255)
 
@@ -80,13 +80,13 @@ class Config:
     # RoI heads
     roi_sampling_ratio: int = 2  # Detectron; 0: as many samples as pixels (Detectron2)
     box_roi_size: int = 7
-    box_head_convs: int = 4  # "4conv1fc" (Sec. 4); build_model: 0 and 2 fc, if heads have no norm
+    box_head_convs: int = 4  # "4conv1fc" (Sec. 4); see BoxHead
     box_head_channels: int = 256
     box_head_fcs: int = 1
     box_head_fc_channels: int = 1024
     box_class_agnostic: bool = False  # one box for all classes; a cascade needs it
     box_fg_iou_thresh: float = 0.5
-    cascade_fg_iou_thresh: tuple = (0.5, 0.6, 0.7)  # of the three stages
+    cascade_fg_iou_thresh: tuple = (0.6, 0.7)  # of stages 2 and 3
     box_batch_size_per_image: int = 512
     box_positive_fraction: float = 0.25  # at most
     bbox_reg_weights: tuple = (10.0, 10.0, 5.0, 5.0)  # see encode_boxes
@@ -192,7 +192,7 @@ def nms(boxes, scores, groups, threshold, most):
     From best to worst, a box is kept unless its IoU with an already kept box of the same group is
     above `threshold`. boxes [N, 4], scores [N], groups [N] int64.
     """
-    # float64: torchvision shifts the groups apart, which would cost float32 its last digits.
+    # float64: batched_nms adds an offset to each group's boxes, which costs float32 its digits.
     return ops.batched_nms(boxes.double(), scores.double(), groups, threshold)[:most]
 
 
@@ -482,8 +482,10 @@ class RPN(nn.Module):
             # box has a gradient of 1 at most. These targets have no weights, so beta is smaller.
             positive = index[labels[index] == 1]
             box_targets = encode_boxes(target["boxes"][matched[positive]], anchors[positive])
-            predicted, beta = deltas[i, positive], c.rpn_smooth_l1_beta
-            box_loss += F.smooth_l1_loss(predicted, box_targets, reduction="sum", beta=beta)
+            beta = c.rpn_smooth_l1_beta
+            box_loss += F.smooth_l1_loss(
+                deltas[i, positive], box_targets, reduction="sum", beta=beta
+            )
         denominator = c.rpn_batch_size_per_image * len(targets)  # also where fewer were drawn
         return {"loss_objectness": loss / denominator, "loss_rpn_box_reg": box_loss / denominator}
 
@@ -500,7 +502,7 @@ class RPN(nn.Module):
         labels = torch.full_like(matched, -1)
         labels[best < self.config.rpn_bg_iou_thresh] = 0
         labels[best >= self.config.rpn_fg_iou_thresh] = 1
-        highest = iou.max(dim=1, keepdim=True).values.clamp(min=1e-6)  # [G + 1, 1]
+        highest = iou.max(dim=1, keepdim=True).values.clamp(min=1e-6)  # [G + 1, 1]; never IoU 0
         labels[(iou >= highest).any(dim=0)] = 1
         return matched, labels
 
@@ -629,8 +631,8 @@ def mask_targets(masks, matched, boxes, bins):
     return (crops[:, 0] >= 0.5).float()
 
 
-def keypoint_targets(keypoints, boxes, cells):
-    """Heatmap cell of every keypoint: cell [R, 17] in 0..cells^2 - 1, and valid [R, 17] bool.
+def keypoint_targets(keypoints, boxes, side):
+    """Heatmap cell of every keypoint: cell [R, 17] in 0..side^2 - 1, and valid [R, 17] bool.
 
     keypoints [R, 17, 3] (x, y, v), boxes [R, 4]. The cell is the floor of the position scaled to
     the box; the right and the bottom edge belong to the last cell (Detectron). Valid: labelled
@@ -638,11 +640,11 @@ def keypoint_targets(keypoints, boxes, cells):
     """
     xy = keypoints[..., :2]
     low, high = boxes[:, None, :2], boxes[:, None, 2:]
-    cell = ((xy - low) * (cells / (high - low))).floor()
-    cell = torch.where(xy == high, cells - 1, cell)
-    valid = ((cell >= 0) & (cell < cells)).all(dim=-1) & (keypoints[..., 2] > 0)
+    cell = ((xy - low) * (side / (high - low))).floor()
+    cell = torch.where(xy == high, side - 1, cell)
+    valid = ((cell >= 0) & (cell < side)).all(dim=-1) & (keypoints[..., 2] > 0)
     cell = torch.where(valid[..., None], cell, 0).long()
-    return cell[..., 1] * cells + cell[..., 0], valid
+    return cell[..., 1] * side + cell[..., 0], valid
 
 
 def decode_keypoints(heatmaps, boxes):
@@ -903,8 +905,8 @@ class MaskRCNN(nn.Module):
             box_targets = encode_boxes(torch.cat(truth), torch.cat(boxes)[is_foreground])  # [F, 4]
             box_targets = box_targets * self.box_weights(stage)
             column = 0 if c.box_class_agnostic else labels[is_foreground] - 1
-            predicted, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
-            box_loss = F.smooth_l1_loss(predicted, box_targets, reduction="sum", beta=beta)
+            own, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
+            box_loss = F.smooth_l1_loss(own, box_targets, reduction="sum", beta=beta)
             count = max(len(labels), 1)  # *all* sampled RoIs: each counts the same (Fast R-CNN)
             name = f"_{stage + 1}" if stages > 1 else ""
             losses["loss_classifier" + name] = class_loss / count
@@ -916,7 +918,7 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def next_samples(self, boxes, deltas, stage, targets, sizes):
         """What a cascade's stage hands to the next: its boxes, matched anew; empty ones dropped."""
-        samples, threshold = [], self.config.cascade_fg_iou_thresh[stage + 1]
+        samples, threshold = [], self.config.cascade_fg_iou_thresh[stage]  # of the next stage
         for refined, target in zip(self.refine(boxes, deltas, stage, sizes), targets):
             refined = refined[:, 0]  # [S, 1, 4] -> [S, 4]
             refined = refined[has_area(refined)]  # [S', 4]
@@ -962,7 +964,7 @@ def check_images(images):
     for i, image in enumerate(images):
         fits = torch.is_tensor(image) and image.dim() == 3 and len(image) == 3
         if fits and image.dtype != torch.uint8:
-            fits = image.is_floating_point() and image.abs().max() <= 1.2  # resizing may overshoot
+            fits = image.is_floating_point() and image.abs().max() <= 1.2  # bicubic may overshoot
         require(fits, f"images[{i}] must be a [3, h, w] tensor, RGB, uint8 or float in [0, 1].")
 
 
@@ -987,7 +989,8 @@ def check_targets(images, targets, config):
 
 
 def initialize(model):
-    """Random weights as in Detectron2: He et al.'s for convolutions, Xavier for FPN and fc layers.
+    """Random weights as in Detectron2: He et al.'s for convolutions, and for FPN and fc layers
+    Caffe2's Xavier, U(+-sqrt(3 / fan_in)).
 
     (Detectron's own backbone had Xavier, too.) The RPN and the layers that predict classes and
     boxes start near zero. Every gamma starts at 1. (Zero for the last one of a block is usual in
@@ -1000,7 +1003,7 @@ def initialize(model):
             # of the inputs, in Detectron2 as well.)
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
-            nn.init.kaiming_uniform_(module.weight, a=1)  # U(+-sqrt(3 / fan_in))
+            nn.init.kaiming_uniform_(module.weight, a=1)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     for module in model.fpn.modules() if model.fpn else []:

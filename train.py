@@ -124,7 +124,7 @@ CASCADE = dict(cascade_iterations=270_000)
 
 # Sec. 5.2: the rates and sizes that the paper found for 35k images. The paper gives totals for 10k;
 # those for 35k (9x), 3.5k and 1k are ours. So are the drops of 10k and less: at 6x's proportions,
-# for these runs are shorter than 6x's tails.
+# because the shortest of these runs have fewer iterations than 6x's tails.
 LESS_DATA = dict(learning_rate=0.04, drop_factor=0.02, min_sizes=AUGMENTED_MORE)
 NINTHS = (1 / 9, 1 / 27)
 
@@ -206,7 +206,7 @@ def scale_to_batch(recipe, batch_size):
     def scaled(iterations):
         return max(1, round(iterations / ratio))
 
-    return replace(  # (iterations_pretrained has been chosen or left by now)
+    return replace(
         recipe,
         batch_size=batch_size,
         learning_rate=recipe.learning_rate * ratio,
@@ -250,8 +250,8 @@ def learning_rate(iteration, recipe):
 def make_optimizer(model, recipe):
     """SGD with Detectron's three groups of parameters.
 
-    Weights decay. Gammas of norms do not, since that would only shrink a layer's output. Biases and
-    betas do not either, and learn at twice the rate.
+    Weights decay. Gammas of norms do not. Biases and betas do not either, and learn at twice the
+    rate.
 
       momentum <- 0.9 * momentum + gradient + decay * weight
       weight   <- weight - rate * momentum
@@ -292,7 +292,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     log = Log(args.out, iteration, last)
     kept = kept_iterations(recipe)
     signals, stop = watch_signals(), False
-    if evaluation_due(iteration, recipe, last):  # it follows the checkpoint: repeat it
+    if evaluation_due(iteration, recipe, last):  # perhaps the run was killed while it evaluated
         evaluate_and_log(model, val_set, args, iteration, log)
     with log.bar:
         while iteration < last and not stop:
@@ -315,12 +315,12 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
 
-            # 4) A step of SGD. A loss or gradient that is not finite ends the run before it.
+            # 4) A step of SGD: an error if not all is finite; a signal makes it the last step
             stop = check_step(iteration, model, losses, targets, signals)
             optimizer.step()
             iteration += 1
 
-            # 5) A line of the log, a checkpoint, an evaluation; after a signal, the end
+            # 5) A line of the log, a checkpoint, an evaluation
             log.bar.update()
             if iteration % recipe.log_every == 0 or iteration == last:
                 log.step(iteration, rate, losses, recipe.batch_size)
@@ -340,10 +340,10 @@ def evaluation_due(iteration, recipe, last):
 
 
 def check_step(iteration, model, losses, targets, signals):
-    """Raise UserError if a loss or gradient is not finite; return whether a signal has come.
+    """UserError if a loss or gradient of any process is not finite; whether any got a signal.
 
-    "In any process": all look together, in one all-reduce, and so end together. The weights are
-    still those of before the step. (Gradients may overflow where the loss does not.)
+    All look together, in one all-reduce, and so end together. The weights are still those of before
+    the step. Gradients may overflow where the loss does not.
     """
     total = sum(losses.values()).detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -356,10 +356,10 @@ def check_step(iteration, model, losses, targets, signals):
         values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
         here = f"{values} (images {', '.join(str(target['image_id']) for target in targets)})"
         bad_losses = filter(None, gather(None if total.isfinite() else here))
+        where = " and ".join(bad_losses) or here  # here: only the gradient is bad
         raise UserError(
-            f"The loss or gradient of step {iteration:,} is not finite: "
-            f"{' and '.join(bad_losses) or here}; look at these images, or go on from the last "
-            "checkpoint by --resume with another --seed or a lower --learning-rate."
+            f"The loss or gradient of step {iteration:,} is not finite: {where}; look at these "
+            "images, or --resume with another --seed or a lower --learning-rate."
         )
     return any_signal > 0
 
@@ -551,11 +551,6 @@ def identity(recipe, args, train_set):
     return facts | {"init": Path(args.init).name, "classes": train_set.classes, "images": images}
 
 
-# A run may go on with other values of these; its header says so. (With another images_per_gpu in a
-# batch of the same size, other images are together on a GPU.)
-MAY_CHANGE = ("seed", "learning_rate", "images_per_gpu")
-
-
 def differences(theirs, ours):
     """{name: text} of what differs between the identities of two runs."""
     names = [name for name in ours if theirs.get(name) != ours[name]]
@@ -624,12 +619,12 @@ def find_checkpoint(recipe, args, train_set):
         there = f"{args.out} has a run already ({found[-1].name})"
         raise UserError(f"{there}; give --resume to continue it, or another --out.")
     if found:
-        return read_run(found[-1], identity(recipe, args, train_set))
+        return read_run(found[-1], identity(recipe, args, train_set), args.may_change)
     return read_branch_point(recipe, args, train_set) if args.source else None
 
 
-def read_run(path, ours):
-    """A checkpoint to continue from; ours: the `identity` of this run. UserError if they differ."""
+def read_run(path, ours, may_change):
+    """A checkpoint to continue from. UserError if its run differs from `ours`, an `identity`."""
     checkpoint = detector.read_checkpoint(path)
     differ = differences(checkpoint.get("run", {}), ours)
     advice = {
@@ -641,7 +636,7 @@ def read_run(path, ours):
     for cause in advice:  # other differences follow from these
         if cause in differ:
             raise UserError(f"{path} is of a run with another {differ[cause]}; {advice[cause]}.")
-    changes = [differ.pop(name) for name in MAY_CHANGE if name in differ]
+    changes = [differ.pop(name) for name in may_change if name in differ]
     if differ:
         raise UserError(f"{path} is of another run: {', '.join(differ.values())}.")
     return checkpoint | {"path": path, "changes": changes}
@@ -659,8 +654,8 @@ def read_branch_point(recipe, args, train_set):
     shared = [path for path in found if iteration_of(path) <= branch_point]
     if not shared:
         raise UserError(f"--from {args.source}: it has no checkpoint that both schedules share.")
-    expected = identity(recipe, args, train_set) | {"iterations": total}  # that may differ
-    return read_run(shared[-1], expected)
+    ours = identity(recipe, args, train_set) | {"iterations": total}  # only the totals differ
+    return read_run(shared[-1], ours, args.may_change)
 
 
 # -- Recipes that are not the paper's: generated data, own data ------------------------------------
@@ -737,16 +732,20 @@ def parse_arguments(arguments):
     add("--stop-after", type=int, metavar="N", help="stop after iteration N of the schedule")
     add("--eval-every", type=int, metavar="N", help="iterations between evaluations")
     add("--workers", type=int, default=2, metavar="N", help="loader processes per GPU (2)")
-    add("--seed", type=int, default=0, metavar="N", help="random seed of the whole run (0)")
+    add("--seed", type=int, metavar="N", help="random seed of the whole run (0)")
     add("--device", metavar="D", help="cuda or cpu (cuda if there is one)")
     add("--from", dest="source", metavar="DIR", help="branch off a longer or shorter run of the "
         "same recipe, at the last checkpoint that both schedules share")
-    add("--resume", action="store_true", help="continue the run in --out, if there is one; with "
-        "another --seed or --learning-rate, if given")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one; another "
+        "--seed or --learning-rate may be given")
     add("--list", action="store_true", help="show the recipes with the paper's AP, and exit")
     # fmt: on
     args = parser.parse_args(arguments)
     args.out = args.out or f"runs/{args.recipe}"
+    # A run may go on with these, if they are given, and with another number of images on each GPU.
+    given = [name for name in ("seed", "learning_rate") if getattr(args, name) is not None]
+    args.may_change = [*given, "images_per_gpu"]
+    args.seed = args.seed or 0
     return args
 
 
@@ -860,6 +859,7 @@ def main(arguments=None):
     train_set, val_set = make_datasets(recipe, args)
     checkpoint = find_checkpoint(recipe, args, train_set)
     start = checkpoint["iteration"] if checkpoint else 0
+    # Processes that differ would train on one another's gradients, or wait for ever.
     everywhere = gather(identity(recipe, args, train_set) | {"starts after": start})
     differ = {}
     for theirs in everywhere:

@@ -322,6 +322,10 @@ def test_nan_ends_a_run_before_the_step_and_another_seed_goes_on(
     header = capsys.readouterr().out
     for fact in ("iteration 4", "seed (0 there, 1 here)", "learning_rate (0.02 there, 0.01 here)"):
         assert fact in header
+    assert (
+        command(out, "--resume", recipe=BOXES) == 1
+    )  # not silently with the default seed and rate
+    assert "seed (1 there, 0 here)" in sentence(capsys)
     rates = [record["lr"] for record in read_log(out) if "loss" in record]
     assert rates == pytest.approx([0.02 / 3, 0.02 * 2 / 3, 0.02, 0.002, 0.0001, 0.0001])
 

@@ -417,10 +417,9 @@ def parse_arguments(arguments):
 def prepare_process(args):
     """What train.py does for its own speed, here for all sides."""
     torch.manual_seed(0)
+    evaluate.start_processes(str(args.device))
     if args.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    else:
-        evaluate.keep_freed_memory()
+        torch.set_float32_matmul_precision("high")  # TF32
 
 
 def main(arguments=None):
