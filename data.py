@@ -101,6 +101,11 @@ class CocoDataset(Dataset):
         self.num_objects = sum(len(records[i]["objects"]) for i in self.image_ids)
         self._pack(records)
 
+    def record(self, index):
+        """An image's `file_name`, `size` (H, W) and `objects`: annotations with their `label`."""
+        start = self._ends[index - 1] if index > 0 else 0
+        return pickle.loads(self._records[start : self._ends[index]].numpy())
+
     def __len__(self):
         return len(self.image_ids)
 
@@ -139,22 +144,6 @@ class CocoDataset(Dataset):
             target["keypoints"] = move_keypoints(keypoints, old_size, new_size, flip)
         return image, target
 
-    def _pack(self, records):
-        """Keep {image id: record} as one flat tensor instead of millions of Python objects.
-
-        Workers share its memory; a Python object is copied as soon as its reference count changes.
-        """
-        self._ends, buffer = [], bytearray()
-        for image_id in self.image_ids:
-            buffer += pickle.dumps(records.pop(image_id))
-            self._ends.append(len(buffer))
-        self._records = torch.frombuffer(buffer, dtype=torch.uint8)
-
-    def record(self, index):
-        """An image's `file_name`, `size` (H, W) and `objects`: annotations with their `label`."""
-        start = self._ends[index - 1] if index > 0 else 0
-        return pickle.loads(self._records[start : self._ends[index]].numpy())
-
     def coco_gt(self):
         """The annotations as a pycocotools COCO object, for COCOeval; read again from the file.
 
@@ -175,18 +164,29 @@ class CocoDataset(Dataset):
         return coco
 
     def check_mask(self, annotation, image_id, size):
-        """UserError for a wrong segmentation; here, as a look at all would delay every start."""
+        """UserError for a wrong segmentation, when it is used: to check all delays every start."""
         problem = segmentation_problem(annotation["segmentation"], size)
         if problem:
             name = f"annotation {annotation.get('id')} of image {image_id}"
             raise UserError(f"{self.annotation_file}: {name} {problem}; {MEND}.")
+
+    def _pack(self, records):
+        """Keep {image id: record} as one flat tensor instead of millions of Python objects.
+
+        Workers share its memory; a Python object is copied as soon as its reference count changes.
+        """
+        self._ends, buffer = [], bytearray()
+        for image_id in self.image_ids:
+            buffer += pickle.dumps(records.pop(image_id))
+            self._ends.append(len(buffer))
+        self._records = torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def is_usable(o, size, masks):
     """Whether an object (an annotation) of an image of size (H, W) is trained on.
 
     It must be no crowd, have a box with an area inside the image and, with masks, a mask.
-    (Detectron asks for area > 0 and sides > 1 pixel.)
+    (Detectron asks for area > 0 and sides > 1 pixel. VOC's difficult objects come as crowds.)
     """
     x, y, w, h = o["bbox"]
     inside_x = min(x + w, size[1]) - max(x, 0)
@@ -267,7 +267,7 @@ def resize_shape(height, width, min_size, max_size):
 
 
 def resize_image(image, height, width):
-    """Bilinear resize: uint8 [3, H, W] -> uint8 [3, height, width].
+    """Bilinear resize: [3, H, W] -> [3, height, width], of the same dtype.
 
     Antialiased when it shrinks, as Detectron2's PIL does and Detectron's cv2.INTER_LINEAR does not.
     """
@@ -369,7 +369,7 @@ class BatchSampler(Sampler):
         for indices in self.orientations:
             count = math.ceil(len(indices) / self.images_per_gpu)
             order = rng.permutation(indices)
-            groups.append(np.resize(order, (count, self.images_per_gpu)))  # repeats at the end
+            groups.append(np.resize(order, (count, self.images_per_gpu)))  # the first fill it up
         return rng.permutation(np.concatenate(groups))
 
     def __iter__(self):
@@ -414,7 +414,7 @@ class TrainingSet(Dataset):
 def read_ahead(dataset, workers, keys):
     """Yields dataset[key] for each key, in order; `workers` processes read ahead.
 
-    Keys may come from a generator without end. An item may be a whole batch: hence no batch_size.
+    Keys may come without end. batch_size=None: an item of a `TrainingSet` is a whole batch already.
     """
     settings = {"num_workers": workers, "worker_init_fn": ignore_interrupts}
     return DataLoader(dataset, sampler=keys, batch_size=None, **settings)
@@ -484,8 +484,8 @@ def read_coco(file, masks=False, keypoints=False):
 
     A file without "annotations" (COCO's test splits) is one without objects. "iscrowd" is 0 and
     "area" that of the box; "num_keypoints" is counted. Polygons of fewer than three points are left
-    out, as in Detectron2, and a segmentation that covers nothing becomes []. Raises UserError for
-    what is wrong.
+    out, as in Detectron2, and a segmentation that covers nothing becomes [] (without masks: each).
+    Raises UserError for what is wrong.
     """
     content = read_json(file)
     problem = next(coco_problems(content, file, masks, keypoints), None)
@@ -571,23 +571,21 @@ def coco_problems(content, file, masks=False, keypoints=False):
         image_ids.add(image.get("id"))
 
     for category in content["categories"]:
+        points = category.get("keypoints", KEYPOINT_NAMES)
         problem = field_problem(category, CATEGORY_FIELDS)
         if not problem and category["id"] in class_ids:
             problem = "appears twice"
-        elif not problem and category["name"] in class_names:
+        if not problem and category["name"] in class_names:
             problem = f"has the name of another, {category['name']!r}"
-        elif (
-            not problem
-            and keypoints
-            and category.get("keypoints", KEYPOINT_NAMES) != KEYPOINT_NAMES
-        ):
+        if not problem and keypoints and points != KEYPOINT_NAMES:
             problem = "has other keypoints than COCO's 17"
         if problem:
             yield f"{file}: category {category.get('id')} {problem}; {MEND}."
         class_ids.add(category.get("id"))
         class_names.add(category.get("name"))
 
-    fields = ANNOTATION_FIELDS + MASK_FIELDS * masks + KEYPOINT_FIELDS * keypoints
+    fields = ANNOTATION_FIELDS + (MASK_FIELDS if masks else [])
+    fields += KEYPOINT_FIELDS if keypoints else []
     for o in content.get("annotations", []):
         problem = field_problem(o, fields)
         for name, ids in (("image_id", image_ids), ("category_id", class_ids)):

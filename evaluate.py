@@ -3,9 +3,8 @@
     python evaluate.py --weights FILE --data DIR                   COCO's or VOC's metrics
     python evaluate.py --weights FILE --images a.jpg DIR --out DIR detections as JSON and pictures
 
-In reading order: prediction on an image (`predict`), test-time augmentation, metrics over all
-processes (`evaluate`), pictures (`draw`), command line. The end is plumbing, from which train.py
-takes its functions for processes and errors.
+In reading order: prediction on an image (`predict_image`), test-time augmentation, metrics over all
+processes (`evaluate`), pictures (`draw`), command line, and plumbing that train.py uses too.
 """
 
 import argparse
@@ -160,7 +159,7 @@ def predict_views(model, image, views):
     2) Threshold and NMS as usual, then box voting.
     3) Masks are predicted for the final boxes in every view and averaged as probabilities.
     """
-    if model.config.keypoints:  # the paper augments the others
+    if model.config.keypoints:  # the paper augments boxes and masks only
         raise UserError("Keypoint models have no test-time augmentation; leave out --tta.")
     own_size, _ = views[0]
     features, scores, boxes = [], [], []  # of each view
@@ -227,8 +226,8 @@ def vote_boxes(detections, scores, boxes, score_threshold):
 # AP at t is the area under precision over recall, where precision is the best at this or any higher
 # recall (COCO reads it at 101 recalls). AP50 is the mean over the classes at t = 0.5, AP75 at 0.75.
 # COCO's AP is the mean over the classes and over t = 0.5, 0.55, ..., 0.95. APs, APm and APl are AP
-# of objects below 32^2, up to 96^2 and above 96^2 pixels.
-# IoU is that of boxes for "bbox" and of masks for "segm"; keypoints have a similarity of their own.
+# of objects below 32^2, up to 96^2, above 96^2 pixels. An image's best 100 detections count; those
+# that match a crowd are ignored. IoU is that of boxes for "bbox" and of masks for "segm".
 
 
 def evaluate(model, dataset, out=None, tta=False, workers=2, metric=None):
@@ -315,11 +314,14 @@ def to_results(detections, size):
 
 def write_and_measure(model, dataset, truth, results, out, metric):
     """Write the files of results and compute the metrics, as `evaluate` returns them."""
+    # pycocotools takes the kind of a result from its fields, so each kind has one of its own.
     field_of = {"bbox": "bbox"}
-    field_of |= {"segm": "segmentation"} if model.config.masks else {}
-    field_of |= {"keypoints": "keypoints"} if model.config.keypoints else {}
+    if model.config.masks:
+        field_of["segm"] = "segmentation"
+    if model.config.keypoints:
+        field_of["keypoints"] = "keypoints"
     by_kind = {}
-    for kind in field_of:  # pycocotools takes the kind of a result from its fields: one for each
+    for kind in field_of:
         fields = ("image_id", "category_id", "score", field_of[kind])
         by_kind[kind] = [{name: result[name] for name in fields} for result in results]
     if out is not None and rank_and_size()[0] == 0:
@@ -346,8 +348,7 @@ def coco_metrics(truth, results, kind, dataset):
         scorer.summarize()
     names = ["AP", "AP50", "AP75", *([] if kind == "keypoints" else ["APs"]), "APm", "APl"]
     metrics = {name: percent(value) for name, value in zip(names, scorer.stats)}
-    # Of all areas and the most detections an image: [IoU thresholds, recalls, classes]
-    precision = scorer.eval["precision"][..., 0, -1]
+    precision = scorer.eval["precision"][..., 0, -1]  # [IoU thresholds, recalls, classes], overall
     per_class = [percent(precision[:, :, k]) for k in range(len(dataset.classes))]
     return metrics | {"per_class": dict(zip(dataset.classes, per_class))}
 
@@ -585,7 +586,7 @@ def start_processes(device_name=None):
             advice = f"start at most {count} processes (--nproc-per-node), or use --device cpu"
             raise UserError(f"There is no {device}: {advice}.")
         torch.cuda.set_device(device)
-    else:  # glibc keeps freed memory for the next step: asking the kernel again was a third of it
+    else:  # glibc keeps freed memory: to ask for it again took a third of a step on the CPU
         with contextlib.suppress(OSError, TypeError, AttributeError):
             for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
                 ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)

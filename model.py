@@ -466,29 +466,6 @@ class RPN(nn.Module):
             proposals.append(boxes[nms(boxes, scores, levels, c.rpn_nms_thresh, after)])
         return proposals
 
-    def losses(self, objectness, deltas, anchors, targets, generators):
-        """loss_objectness and loss_rpn_box_reg of 256 anchors an image, scalars."""
-        c = self.config
-        objectness, deltas = torch.cat(objectness, dim=1), torch.cat(deltas, dim=1)
-        anchors = torch.cat(anchors)
-        loss = box_loss = 0
-        for i, (target, generator) in enumerate(zip(targets, generators)):
-            matched, labels = self.match(anchors, target["boxes"])
-            batch_size, fraction = c.rpn_batch_size_per_image, c.rpn_positive_fraction
-            index = sample(labels, batch_size, fraction, generator)  # [S]
-            logits, is_object = objectness[i, index], labels[index].float()
-            loss += F.binary_cross_entropy_with_logits(logits, is_object, reduction="sum")
-            # Smooth L1 of an error d: d^2 / (2 beta) below beta, |d| - beta / 2 above; far off, a
-            # box has a gradient of 1 at most. These targets have no weights, so beta is smaller.
-            positive = index[labels[index] == 1]
-            box_targets = encode_boxes(target["boxes"][matched[positive]], anchors[positive])
-            beta = c.rpn_smooth_l1_beta
-            box_loss += F.smooth_l1_loss(
-                deltas[i, positive], box_targets, reduction="sum", beta=beta
-            )
-        denominator = c.rpn_batch_size_per_image * len(targets)  # also where fewer were drawn
-        return {"loss_objectness": loss / denominator, "loss_rpn_box_reg": box_loss / denominator}
-
     def match(self, anchors, truth):
         """For anchors [A, 4]: index of the best object [A], and label [A]: 1, 0, -1 (not used).
 
@@ -505,6 +482,29 @@ class RPN(nn.Module):
         highest = iou.max(dim=1, keepdim=True).values.clamp(min=1e-6)  # [G + 1, 1]; never IoU 0
         labels[(iou >= highest).any(dim=0)] = 1
         return matched, labels
+
+    def losses(self, objectness, deltas, anchors, targets, generators):
+        """loss_objectness and loss_rpn_box_reg of 256 anchors an image, scalars."""
+        c = self.config
+        objectness, deltas = torch.cat(objectness, dim=1), torch.cat(deltas, dim=1)
+        anchors = torch.cat(anchors)
+        loss = box_loss = 0
+        for i, (target, generator) in enumerate(zip(targets, generators)):
+            matched, labels = self.match(anchors, target["boxes"])
+            batch_size, fraction = c.rpn_batch_size_per_image, c.rpn_positive_fraction
+            index = sample(labels, batch_size, fraction, generator)  # [S]
+            logits, is_object = objectness[i, index], labels[index].float()
+            loss += F.binary_cross_entropy_with_logits(logits, is_object, reduction="sum")
+            # Smooth L1 of an error d: d^2 / (2 beta) below beta, |d| - beta / 2 above; far off, a
+            # box has a gradient of 1 at most. (The box head's larger targets have a larger beta.)
+            positive = index[labels[index] == 1]
+            box_targets = encode_boxes(target["boxes"][matched[positive]], anchors[positive])
+            beta = c.rpn_smooth_l1_beta
+            box_loss += F.smooth_l1_loss(
+                deltas[i, positive], box_targets, reduction="sum", beta=beta
+            )
+        denominator = c.rpn_batch_size_per_image * len(targets)  # also where fewer were drawn
+        return {"loss_objectness": loss / denominator, "loss_rpn_box_reg": box_loss / denominator}
 
 
 # -- RoI heads -------------------------------------------------------------------------------------
@@ -651,8 +651,8 @@ def decode_keypoints(heatmaps, boxes):
     """Heatmaps [N, 17, 56, 56] (logits) of boxes [N, 4] to keypoints [N, 17, 3] and scores [N, 17].
 
     Detectron's rule: resize the map to the box's size in whole pixels (bicubic), take the largest
-    value v, return the middle of its pixel, scaled back; third column 1. The score is exp(v) / sum
-    of exp over the 56 x 56 map. Every box has a size of its own: one after the other.
+    value v, return the middle of its pixel, scaled back; third column 1. The score is Detectron2's:
+    exp(v) / sum of exp over the 56 x 56 map. Every box has a size of its own: one after the other.
     """
     points = heatmaps.new_ones(*heatmaps.shape[:2], 3)
     scores = heatmaps.new_zeros(heatmaps.shape[:2])
@@ -850,8 +850,8 @@ class MaskRCNN(nn.Module):
         proposals = self.rpn.proposals(*outputs, sizes)
         samples = self.sample_rois(proposals, targets, generators)
         # 3) heads
-        box_losses, samples = self.box_losses(features, samples, targets, sizes)
-        losses |= box_losses
+        of_boxes, samples = self.box_losses(features, samples, targets, sizes)  # of the last stage
+        losses |= of_boxes
         foreground = []
         for s in samples:
             index = s.labels.nonzero()[:, 0]
@@ -894,7 +894,7 @@ class MaskRCNN(nn.Module):
         for stage, head in enumerate(self.box_heads):
             boxes = [s.boxes for s in samples]
             pooled = self.pool(features, boxes, c.box_roi_size)  # [R, 256, 7, 7]
-            if stages > 1 and pooled.requires_grad:  # the stages share the features (Detectron2)
+            if stages > 1 and pooled.requires_grad:  # features get the stages' mean gradient
                 pooled.register_hook(lambda grad: grad * (1 / stages))
             logits, deltas = head(pooled)  # [R, K + 1], [R, K or 1, 4]
             labels = torch.cat([s.labels for s in samples])  # [R]
@@ -907,16 +907,16 @@ class MaskRCNN(nn.Module):
             column = 0 if c.box_class_agnostic else labels[is_foreground] - 1
             own, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
             box_loss = F.smooth_l1_loss(own, box_targets, reduction="sum", beta=beta)
-            count = max(len(labels), 1)  # *all* sampled RoIs: each counts the same (Fast R-CNN)
+            count = max(len(labels), 1)  # *all* RoIs: however few are foreground, each counts alike
             name = f"_{stage + 1}" if stages > 1 else ""
             losses["loss_classifier" + name] = class_loss / count
             losses["loss_box_reg" + name] = box_loss / count
             if stage + 1 < stages:
-                samples = self.next_samples(boxes, deltas, stage, targets, sizes)
+                samples = self.next_rois(boxes, deltas, stage, targets, sizes)
         return losses, samples
 
     @torch.no_grad()
-    def next_samples(self, boxes, deltas, stage, targets, sizes):
+    def next_rois(self, boxes, deltas, stage, targets, sizes):
         """What a cascade's stage hands to the next: its boxes, matched anew; empty ones dropped."""
         samples, threshold = [], self.config.cascade_fg_iou_thresh[stage]  # of the next stage
         for refined, target in zip(self.refine(boxes, deltas, stage, sizes), targets):
@@ -989,8 +989,8 @@ def check_targets(images, targets, config):
 
 
 def initialize(model):
-    """Random weights as in Detectron2: He et al.'s for convolutions, and for FPN and fc layers
-    Caffe2's Xavier, U(+-sqrt(3 / fan_in)).
+    """Random weights: He et al.'s for convolutions, Caffe2's Xavier, U(+-sqrt(3 / fan_in)), for FPN
+    and fc layers. This is Detectron2's, but for the mask predictor (Detectron).
 
     (Detectron's own backbone had Xavier, too.) The RPN and the layers that predict classes and
     boxes start near zero. Every gamma starts at 1. (Zero for the last one of a block is usual in

@@ -11,7 +11,7 @@ The file in reading order:
   -> other recipes -> command line
 
 Training from random weights needs two things: a normalization that works with small batches
-(norms.py; the fine-tuned baseline has it, too) and more iterations. Nothing else changes.
+(norms.py; the fine-tuned baseline has it, too) and more iterations. Besides, no layer is frozen.
 """
 
 import argparse
@@ -86,9 +86,9 @@ class Recipe:
     flip: bool = True  # the mirror image, with probability 1/2
 
     # Running it
-    eval_every: int = 30_000  # iterations of batch_size images
+    eval_every: int = 30_000  # iterations, which scale with the batch
     checkpoint_every: int = 2_500  # the same
-    log_every: int = 20  # iterations of whatever size
+    log_every: int = 20  # iterations, which do not
 
     paper: str = ""  # the paper's AP, shown by --list
 
@@ -123,8 +123,8 @@ ENHANCED = dict(
 CASCADE = dict(cascade_iterations=270_000)
 
 # Sec. 5.2: the rates and sizes that the paper found for 35k images. The paper gives totals for 10k;
-# those for 35k (9x), 3.5k and 1k are ours. So are the drops of 10k and less: at 6x's proportions,
-# because the shortest of these runs have fewer iterations than 6x's tails.
+# those for 35k (9x), 3.5k and 1k are ours. So are the drops of VOC, 10k and less: at 6x's
+# proportions, because the shortest of these runs have fewer iterations than 6x's tails.
 LESS_DATA = dict(learning_rate=0.04, drop_factor=0.02, min_sizes=AUGMENTED_MORE)
 NINTHS = (1 / 9, 1 / 27)
 
@@ -315,7 +315,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
 
-            # 4) A step of SGD: an error if not all is finite; a signal makes it the last step
+            # 4) A step of SGD, if all is finite (else: an error). stop: a signal has come.
             stop = check_step(iteration, model, losses, targets, signals)
             optimizer.step()
             iteration += 1
@@ -453,7 +453,6 @@ class Log:
         self.bar = tqdm(total=last, initial=start, disable=not is_first, dynamic_ncols=True)
 
     def write(self, record):
-        """Append a record; the clock for images/s starts again."""
         if rank_and_size()[0] == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -484,7 +483,7 @@ def evaluate_and_log(model, val_set, args, iteration, log):
 
 def show_results(model, val_set, out):
     """The end of a run: pictures, and what to look at next."""
-    if rank_and_size()[0] > 0 or not checkpoints_in(out):
+    if rank_and_size()[0] > 0 or not checkpoints_in(out):  # (--from may leave no step to make)
         return
     names = [val_set.record(i)["file_name"] for i in range(min(8, len(val_set)))]
     paths = [os.path.join(val_set.image_dir, name) for name in names]
@@ -859,7 +858,7 @@ def main(arguments=None):
     train_set, val_set = make_datasets(recipe, args)
     checkpoint = find_checkpoint(recipe, args, train_set)
     start = checkpoint["iteration"] if checkpoint else 0
-    # Processes that differ would train on one another's gradients, or wait for ever.
+    # Every process against the first: if they differ, they would wait for ever, or train wrongly.
     everywhere = gather(identity(recipe, args, train_set) | {"starts after": start})
     differ = {}
     for theirs in everywhere:

@@ -398,7 +398,7 @@ def test_a_cascade_drops_boxes_that_leave_the_image():
     model, target = small_model(cascade=True), make_target([[40, 10, 50, 20]], [3], 96, 96)
     boxes = torch.tensor([[80.0, 10, 90, 20], [10, 10, 20, 20]])
     right = torch.tensor([30.0, 0, 0, 0]).expand(2, 1, 4)  # by three times the width
-    (samples,) = model.next_samples([boxes], right, 0, [target], [(96, 96)])
+    (samples,) = model.next_rois([boxes], right, 0, [target], [(96, 96)])
     torch.testing.assert_close(samples.boxes, target["boxes"])
     assert samples.labels.tolist() == [3]
 
