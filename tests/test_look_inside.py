@@ -63,19 +63,6 @@ def test_every_step_has_a_picture(tmp_path, toy, monkeypatch, kind):
             assert min(picture.size) > 100 and len(picture.getcolors(10**6)) > 2, name
 
 
-@pytest.mark.parametrize("cascade", [False, True])
-def test_the_arrows_begin_at_the_proposals_that_became_the_detections(cascade):
-    model = make_model(cascade=cascade)
-    image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
-    with torch.no_grad():
-        seen = look_inside.run(model, image, None)
-        rois = [seen.proposals[seen.origin]]
-        [(_, boxes)] = model.box_predictions(seen.levels, rois, seen.sizes)
-    boxes = boxes.expand(-1, 5, -1)[torch.arange(len(seen.labels)), seen.labels - 1]
-    assert len(boxes) > 0
-    torch.testing.assert_close(boxes, seen.boxes, rtol=1e-4, atol=1e-2)
-
-
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_sampling_points_are_those_of_roi_align(ratio):
     """The mean of a level, interpolated at a bin's points, is what the model pools."""

@@ -69,18 +69,6 @@ def test_curves_of_several_runs(tmp_path):
     assert "whole" in (tmp_path / "curves.svg").read_text()
 
 
-def test_losses_are_smoothed_over_iterations_and_branches_start_at_their_trunk(tmp_path):
-    pytest.importorskip("matplotlib")
-    assert plot.smooth([(10, 1.0), (20, 3.0), (40, 5.0)], 20) == [(10, 1.0), (20, 2.0), (40, 5.0)]
-    trunk = write_log(tmp_path / "run-6x", STEP, EVALUATION)
-    later = [record | {"iteration": record["iteration"] + 10} for record in (STEP, EVALUATION)]
-    branch = write_log(tmp_path / "run-2x", *later)
-    with mock.patch("matplotlib.axes.Axes.plot") as drawn:
-        plot.plot([trunk, branch], tmp_path / "curves.png")
-    drawn = [(x, line) for x, _, line in (call.args for call in drawn.call_args_list)]
-    assert drawn == [((2,), "-"), ((1,), "-"), ((2, 12), "--"), ((1, 11), "--")]
-
-
 # -- The toy's pre-training, and the paper in miniature --------------------------------------------
 
 
