@@ -83,14 +83,6 @@ def test_settings_that_cannot_be_meant_are_refused(settings, said):
         small_model(**settings)
 
 
-def test_config_is_what_was_asked_for_and_what_it_implies():
-    config = build_model("vgg16", "none", 7, masks=False, stem_width=8, box_head_fcs=1).config
-    assert (config.num_classes, config.box_head_fcs, config.box_head_convs) == (7, 1, 0)
-    assert config.image_std[0] > 0.2  # VGG's images are divided by their deviation
-    assert small_model(cascade=True).config.box_class_agnostic
-    assert build_model(norm="frozen_bn", **SMALL | {"box_head_convs": 0}).config.box_head_fcs == 2
-
-
 # -- Boxes -----------------------------------------------------------------------------------------
 
 
