@@ -623,7 +623,7 @@ def run_lengths(rle):
     if isinstance(rle["counts"], list):
         return rle["counts"]
     lengths = []
-    for number in re.findall("[P-o]*[0-O]", rle["counts"]):
+    for number in re.findall("[P-o]*[0-O]", rle["counts"]):  # P..o: more follow; 0..O: the last
         groups = [(ord(character) - 48) & 31 for character in number]
         value = sum(group << 5 * i for i, group in enumerate(groups))
         if groups[-1] & 16:

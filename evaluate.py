@@ -226,8 +226,8 @@ def vote_boxes(detections, scores, boxes, score_threshold):
 # AP at t is the area under precision over recall, where precision is the best at this or any higher
 # recall (COCO reads it at 101 recalls). AP50 is the mean over the classes at t = 0.5, AP75 at 0.75.
 # COCO's AP is the mean over the classes and over t = 0.5, 0.55, ..., 0.95. APs, APm and APl are AP
-# of objects below 32^2, up to 96^2, above 96^2 pixels. An image's best 100 detections count; those
-# that match a crowd are ignored. IoU is that of boxes for "bbox" and of masks for "segm".
+# of objects below 32^2, up to 96^2, above 96^2 pixels. Of a class, an image's best 100 detections
+# (keypoints: 20) count, but for those that match a crowd. IoU is of boxes (bbox) or masks (segm).
 
 
 def evaluate(model, dataset, out=None, tta=False, workers=2, metric=None):
@@ -393,7 +393,7 @@ def voc_average_precision(results, objects):
         overlap, best = max(zip(overlaps, candidates), key=lambda pair: pair[0], default=(0, None))
         if overlap < 0.5:
             right.append(False)
-        elif not best.get("difficult"):
+        elif not best.get("difficult"):  # (one that matches a difficult object: no entry)
             right.append(best["id"] not in taken)
             taken.add(best["id"])
     recall = np.cumsum(right) / total

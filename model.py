@@ -204,7 +204,7 @@ class Samples(NamedTuple):
 
     boxes: torch.Tensor  # [S, 4]
     labels: torch.Tensor  # [S] int64; 0 is background
-    matched: torch.Tensor  # [S]: index of the object that each overlaps most (background: any)
+    matched: torch.Tensor  # [S]: index of the object that each overlaps most, or of none: G
 
 
 def overlaps(truth, boxes):
@@ -528,7 +528,7 @@ def multilevel_roi_align(features, strides, rois, bins, sampling_ratio):
     RoIAlign (Mask R-CNN, Sec. 3) divides a box into bins x bins bins and averages each over
     sampling_ratio^2 points (0: as many as the bin has pixels), which it interpolates between the
     four pixels around a point: nothing is rounded to whole pixels. `aligned`: the value of pixel i
-    is that at i + 1/2, its centre, as everywhere in this file.
+    is that at i + 1/2, its centre.
     """
     levels = roi_levels(rois[:, 1:], strides)
     pooled = rois.new_zeros(len(rois), features[0].shape[1], bins, bins)
@@ -990,7 +990,7 @@ def check_targets(images, targets, config):
 
 def initialize(model):
     """Random weights: He et al.'s for convolutions, Caffe2's Xavier, U(+-sqrt(3 / fan_in)), for FPN
-    and fc layers. This is Detectron2's, but for the mask predictor (Detectron).
+    and fc layers (a=1 below). This is Detectron2's, but for the mask predictor (Detectron).
 
     (Detectron's own backbone had Xavier, too.) The RPN and the layers that predict classes and
     boxes start near zero. Every gamma starts at 1. (Zero for the last one of a block is usual in

@@ -60,7 +60,7 @@ class Recipe:
     freeze_at_pretrained: int = 2  # stem and res2, as in Detectron's GN baselines
 
     # Sec. 4 "Learning rate scheduling"
-    iterations: int = SCHEDULES["6x"]  # from random weights
+    iterations: int = SCHEDULES["6x"]  # of this run; here: from random weights
     iterations_pretrained: int = SCHEDULES["2x"]
     one_x: float = SCHEDULES["1x"]  # the length of --schedule 1x
     # "The last 60k and last 20k iterations", *whatever the total*. (Below 1: fractions of it.)
