@@ -335,6 +335,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
         show_results(model, val_set, args.out)
 
 
+# -- What the loop calls ---------------------------------------------------------------------------
 def evaluation_due(iteration, recipe, last):
     return iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last)
 
