@@ -676,10 +676,6 @@ TOY = Recipe(
     min_sizes=(128,), max_size=213, test_size=128,
     eval_every=800, checkpoint_every=160, log_every=10, paper="(generated data)",
 )
-NARROW_VGG = dict(
-    stem_width=16, box_head_fc_channels=256, anchor_sizes=((16, 32, 64, 128),),
-    box_batch_size_per_image=64,
-)
 
 RECIPES |= {
     # Own pictures, some hundred of them, on a CPU or one GPU (docs/own-data.md)
@@ -699,9 +695,12 @@ RECIPES |= {
     "toy": TOY,
     "toy-syncbn": replace(TOY, norm="syncbn"),
     "toy-cascade": replace(TOY, cascade_iterations=267),
-    # The heatmaps' loss is ln 3136 at first and its eight layers have no norm: a lower rate.
+    # Layers without a norm need a lower rate: those of the keypoint head, and VGG's.
     "toy-keypoints": replace(TOY, masks=False, keypoints=17, learning_rate=0.02),
-    "toy-vgg": replace(TOY, backbone="vgg16", norm="none", masks=False, settings=NARROW_VGG),
+    "toy-vgg": replace(
+        TOY, backbone="vgg16", norm="none", masks=False, learning_rate=0.03, settings=dict(
+            stem_width=16, box_head_fc_channels=256, anchor_sizes=((16, 32, 64, 128),),
+            box_batch_size_per_image=64)),
 }
 # fmt: on
 
