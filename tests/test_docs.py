@@ -127,7 +127,7 @@ def test_pages_are_short_and_say_what_they_are_for(page):
 # -- Commands --------------------------------------------------------------------------------------
 
 TORCHRUN = "torchrun --nproc-per-node 8 train.py --data coco"  # what "T" stands for
-PROGRAM = re.compile(r"(python|torchrun|pip|pytest|ruff) ")
+PROGRAM = re.compile(r"(python|torchrun|pip|pytest|ruff|git) ")
 
 
 def shell_commands(block):
