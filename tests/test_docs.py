@@ -96,7 +96,7 @@ def test_links_to_code_lead_to_the_definition_that_they_name(page):
 
 @EACH_PAGE
 def test_links_lead_to_files_and_sections(page):
-    for target in re.findall(r"\]\((?!http)([^)\s]+)\)", PAGES[page]):
+    for target in re.findall(r"\]\((?!http)([^)\s]+)\)", prose(PAGES[page])):
         file, _, anchor = target.partition("#")
         path = ((ROOT / page).parent / file if file else ROOT / page).resolve()
         assert path.exists(), target
