@@ -348,7 +348,7 @@ def coco_metrics(truth, results, kind, dataset):
         scorer.summarize()
     names = ["AP", "AP50", "AP75", *([] if kind == "keypoints" else ["APs"]), "APm", "APl"]
     metrics = {name: percent(value) for name, value in zip(names, scorer.stats)}
-    precision = scorer.eval["precision"][..., 0, -1]  # [IoU thresholds, recalls, classes], overall
+    precision = scorer.eval["precision"][..., 0, -1]  # [IoU thresholds, recalls, classes]
     per_class = [percent(precision[:, :, k]) for k in range(len(dataset.classes))]
     return metrics | {"per_class": dict(zip(dataset.classes, per_class))}
 

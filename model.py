@@ -499,10 +499,8 @@ class RPN(nn.Module):
             # box has a gradient of 1 at most. (The box head's larger targets have a larger beta.)
             positive = index[labels[index] == 1]
             box_targets = encode_boxes(target["boxes"][matched[positive]], anchors[positive])
-            beta = c.rpn_smooth_l1_beta
-            box_loss += F.smooth_l1_loss(
-                deltas[i, positive], box_targets, reduction="sum", beta=beta
-            )
+            predicted, beta = deltas[i, positive], c.rpn_smooth_l1_beta
+            box_loss += F.smooth_l1_loss(predicted, box_targets, reduction="sum", beta=beta)
         denominator = c.rpn_batch_size_per_image * len(targets)  # also where fewer were drawn
         return {"loss_objectness": loss / denominator, "loss_rpn_box_reg": box_loss / denominator}
 
@@ -525,7 +523,7 @@ def roi_levels(boxes, strides):
 def multilevel_roi_align(features, strides, rois, bins, sampling_ratio):
     """RoIAlign over levels: [R, C, bins, bins] from P2..P5 (or one level) and rois [R, 5].
 
-    RoIAlign (Mask R-CNN, Sec. 3) divides a box into bins x bins bins and averages each over
+    RoIAlign (Mask R-CNN, Sec. 3) divides a box into bins x bins parts and averages each over
     sampling_ratio^2 points (0: as many as the bin has pixels), which it interpolates between the
     four pixels around a point: nothing is rounded to whole pixels. `aligned`: the value of pixel i
     is that at i + 1/2, its centre.
@@ -850,10 +848,10 @@ class MaskRCNN(nn.Module):
         proposals = self.rpn.proposals(*outputs, sizes)
         samples = self.sample_rois(proposals, targets, generators)
         # 3) heads
-        of_boxes, samples = self.box_losses(features, samples, targets, sizes)  # of the last stage
+        of_boxes, last_samples = self.box_losses(features, samples, targets, sizes)
         losses |= of_boxes
         foreground = []
-        for s in samples:
+        for s in last_samples:
             index = s.labels.nonzero()[:, 0]
             foreground.append(Samples(s.boxes[index], s.labels[index], s.matched[index]))
         if self.mask_head:
@@ -905,8 +903,8 @@ class MaskRCNN(nn.Module):
             box_targets = encode_boxes(torch.cat(truth), torch.cat(boxes)[is_foreground])  # [F, 4]
             box_targets = box_targets * self.box_weights(stage)
             column = 0 if c.box_class_agnostic else labels[is_foreground] - 1
-            own, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
-            box_loss = F.smooth_l1_loss(own, box_targets, reduction="sum", beta=beta)
+            predicted, beta = deltas[is_foreground, column], c.box_smooth_l1_beta
+            box_loss = F.smooth_l1_loss(predicted, box_targets, reduction="sum", beta=beta)
             count = max(len(labels), 1)  # *all* RoIs: however few are foreground, each counts alike
             name = f"_{stage + 1}" if stages > 1 else ""
             losses["loss_classifier" + name] = class_loss / count

@@ -336,6 +336,8 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
 
 
 # -- What the loop calls ---------------------------------------------------------------------------
+
+
 def evaluation_due(iteration, recipe, last):
     return iteration > 0 and (iteration % recipe.eval_every == 0 or iteration == last)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import train
 from tools.toy_coco import make_toy_coco
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +38,11 @@ def test_every_exercise_applies_and_makes_two_steps(patch, coco, tmp_path):
     words = shlex.split(command) + ["--data", str(coco), "--workers", "0", "--device", "cpu"]
     words += ["--stop-after", "2"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
-    if "is not finite" not in done.stderr:  # which may be the answer
-        assert done.returncode == 0, done.stderr
-        log = (tmp_path / "runs" / patch.stem / "log.jsonl").read_text().splitlines()
-        assert json.loads(log[0])["iteration"] == 2 and "bbox" in log[1]
-    train.parse_arguments(shlex.split(command)[1:])
+    if patch.stem == "no-norm" and "is not finite" in done.stderr:  # as the page says
+        return
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "runs" / patch.stem / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["iteration"] == 2 and "bbox" in log[1]
 
 
 def test_the_tour_runs_without_jupyter(tmp_path):
