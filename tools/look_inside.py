@@ -68,8 +68,8 @@ def network_input(s):
 
 
 def features(s):
-    """The norm over the channels at each position of each level, each level with its own scale:
-    dark is its least value, yellow its largest."""
+    """The length of the vector of features at each position of each level. Each level has its own
+    scale: dark is its least value, yellow its largest."""
     return [
         heat(level[0].norm(dim=0), f"{name}: {level.shape[2]} x {level.shape[3]}", s.map_size)
         for name, level in zip(s.names, s.levels)
@@ -94,18 +94,18 @@ def anchors(s):
 def training(s):
     """An anchor is positive if its IoU with an object (black) is at least 0.7, or the highest that
     any anchor has with that object; negative if its IoU is below 0.3 with all objects; and not used
-    otherwise. The RPN is trained on 256 of them, drawn at random, at most half of them positive."""
+    otherwise. The RPN is trained on a random sample of 256, at most half of them positive."""
     if s.target is None:
         return []
     every, objects = torch.cat(s.anchors), (s.target["boxes"], "black")
     _, labels = s.model.rpn.match(every, s.target["boxes"])
     numbers = s.c.rpn_batch_size_per_image, s.c.rpn_positive_fraction
-    drawn = detector.sample(labels, *numbers, torch.Generator().manual_seed(0))
-    positive, negative = drawn[labels[drawn] == 1], drawn[labels[drawn] == 0]
+    sampled = detector.sample(labels, *numbers, torch.Generator().manual_seed(0))
+    positive, negative = sampled[labels[sampled] == 1], sampled[labels[sampled] == 0]
     unused, p, n = every[labels == -1], (labels == 1).sum(), (labels == 0).sum()
     panels = {
-        f"positive: {len(positive)} of {p:,} drawn": (every[positive], GREEN),
-        f"negative: {len(negative)} of {n:,} drawn (centres)": (centres(every[negative]), BLUE),
+        f"positive: {len(positive)} of {p:,} sampled": (every[positive], GREEN),
+        f"negative: {len(negative)} of {n:,} sampled (centres)": (centres(every[negative]), BLUE),
         f"not used: {len(unused):,} (centres)": (centres(unused), ORANGE),
     }
     return [draw(s.image, t, objects, layer, margin=0.1) for t, layer in panels.items()]

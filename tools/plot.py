@@ -76,18 +76,17 @@ def plot(runs, output):
             points = [(r["iteration"], r[kind][metric]) for r in records if kind in r]
             points = [point for point in points if point[1] is not None]
             if points:
-                label = f"{name}, {kind}" if alpha == 1 or number == 0 else None
-                draw(left, number, kind, points, alpha=alpha, marker=".", label=label)
+                draw(left, number, kind, points, alpha=alpha, marker=".")
         steps = [(r["iteration"], r["loss"]) for r in records if "loss" in r]
         if steps:
             draw(right, number, "loss", smooth(steps, window), label=name)
-    left.set_ylabel("validation AP")
+    left.set_ylabel("validation AP (masks and keypoints: paler)")
     right.set_ylabel("training loss")
     for axes in (left, right):
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+    if right.lines:
+        right.legend()
     figure.savefig(output, dpi=120)
 
 
