@@ -281,7 +281,7 @@ STEPS = (
 
 
 def draw(image, caption, *layers, width=WIDTH, margin=0.0, faded=True):
-    """A panel: an image [3, h, w], faded to grey, and layers on it in the image's coordinates.
+    """A panel: an image [3, h, w], faded, and layers on it in the image's coordinates.
 
     A layer is a pair of a tensor and a colour, or a list of colours: boxes [N, 4], points [N, 2],
     arrows [N, 2, 2] (from, to), or masks [N, h, w] bool. margin: around it, a share of its width.
@@ -291,8 +291,8 @@ def draw(image, caption, *layers, width=WIDTH, margin=0.0, faded=True):
     size = (width - 2 * border, round(image.shape[1] * scale))
     picture = to_pil_image(image).resize(size, Image.BICUBIC)
     if faded:
-        picture = ImageOps.posterize(ImageOps.grayscale(picture).point(lambda v: 110 + v // 2), 5)
-    picture = ImageOps.expand(picture.convert("RGB"), border, "white")
+        picture = ImageOps.posterize(Image.blend(picture, Image.new("RGB", size, "white"), 0.6), 4)
+    picture = ImageOps.expand(picture, border, "white")
     pen = ImageDraw.Draw(picture)
     for shapes, colors in layers:
         colors = [colors] * len(shapes) if isinstance(colors, str) else colors
