@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs" / "exercises.md").read_text()
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
     root = tmp_path_factory.mktemp("exercises") / "coco"
-    make_toy_coco(root, train_images=100, val_images=1)
+    make_toy_coco(root, train_images=110, val_images=1)
     return root
 
 
