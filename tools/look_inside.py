@@ -113,7 +113,7 @@ def training(s):
 
 def box_coding(s):
     """An object (black) is coded by how an anchor (blue) must change to become it. First the anchor
-    moves, by dx of its widths and dy of its heights (orange). Then its sides are multiplied by
+    moves, by dx times its width and dy times its height (orange). Then its sides are multiplied by
     exp(dw) and exp(dh). Drawn is the object whose best anchor has the lowest IoU."""
     if s.target is None or len(s.target["boxes"]) == 0:
         return []
