@@ -55,7 +55,9 @@ def test_every_step_has_a_picture(tmp_path, toy, monkeypatch, kind):
     more = ["--data", toy] if kind == "masks" else []
     image = sorted((toy / "val2017").iterdir())[0]
     look(make_model(kind != "nothing found", **arguments), image, tmp_path, *more)
-    shown = re.findall(r"!\[.*\]\((\w+)\.png\)", (tmp_path / "index.md").read_text())
+    page = (tmp_path / "index.md").read_text()
+    assert page.count("| 1.00 |") == len(more) // 2  # the object in numbers
+    shown = re.findall(r"!\[.*\]\((\w+)\.png\)", page)
     absent = absent | (set() if more else {"training", "box_coding"})
     assert shown == [name for name in EVERY if name not in absent]
     for name in shown:

@@ -4,7 +4,8 @@
       --image toy_coco/val2017/000000500005.jpg --out inside
 
 Writes a picture of every step, and index.md, which shows them in order. Any image will do. --data
-is only for an image of a data set: with its objects, the anchors used in training are drawn too.
+is only for an image of a data set: with its objects, the anchors used in training are drawn too,
+and one object is followed in numbers.
 """
 
 import argparse
@@ -111,15 +112,20 @@ def training(s):
     return [draw(s.image, t, objects, layer, margin=0.1) for t, layer in panels.items()]
 
 
+def hardest_object(s):
+    """The object whose best anchor has the lowest IoU, and that anchor: their indices."""
+    iou, best = ops.box_iou(s.target["boxes"], torch.cat(s.anchors)).max(dim=1)
+    return int(iou.argmin()), int(best[iou.argmin()])
+
+
 def box_coding(s):
     """An object (black) is coded by how an anchor (blue) must change to become it. First the anchor
     moves, by dx times its width and dy times its height (orange). Then its sides are multiplied by
     exp(dw) and exp(dh). Drawn is the object whose best anchor has the lowest IoU."""
     if s.target is None or len(s.target["boxes"]) == 0:
         return []
-    every, objects = torch.cat(s.anchors), s.target["boxes"]
-    iou, best = ops.box_iou(objects, every).max(dim=1)
-    pair = torch.stack([every[best[iou.argmin()]], objects[iou.argmin()]])
+    i, best = hardest_object(s)
+    pair = torch.stack([torch.cat(s.anchors)[best], s.target["boxes"][i]])
     around = (pair[1, 2:] - pair[1, :2]) / 3  # the picture is cut out around the two
     low = (pair[:, :2].amin(dim=0) - around).clamp(min=0).int()
     high = (pair[:, 2:].amax(dim=0) + around).int()
@@ -271,6 +277,41 @@ def detections(s):
     return [titled(to_pil_image(evaluate.draw(s.image, s.found, s.classes)), "scores >= 0.5")]
 
 
+def one_object(s):
+    """The object of box_coding's picture in numbers, from its anchor to its box, in markdown."""
+    if s.target is None or len(s.target["boxes"]) == 0:
+        return ""
+    i, a = hardest_object(s)
+    truth, label = s.target["boxes"][i], int(s.target["labels"][i])
+    p = ops.box_iou(truth[None], s.proposals)[0].argmax()  # the best proposal
+    name = evaluate.class_name(label, s.classes)
+    anchor, delta = torch.cat(s.anchors)[a], torch.cat(s.deltas, dim=1)[0, a]
+    level = [n for n, anchors in zip(s.names, s.anchors) for _ in anchors][a]
+    pooled = int(detector.roi_levels(s.proposals[p][None], s.model.backbone.strides))
+    refined = s.refined.expand(-1, s.c.num_classes, -1)[p, label - 1]
+    objectness = torch.cat(s.objectness, dim=1)[0, a].sigmoid()
+    true_delta, moved = detector.encode_boxes(truth, anchor), detector.decode_boxes(delta, anchor)
+    rows = {
+        f"the object, of class {name}": (truth, ""),
+        f"its best anchor, on {level}": (anchor, f"deltas to the object: {numbers(true_delta, 2)}"),
+        "the box that the RPN makes of this anchor": (
+            moved,
+            f"objectness {objectness:.2f}, predicted deltas: {numbers(delta, 2)}",
+        ),
+        "the best proposal": (s.proposals[p], f"pooled from {s.names[pooled]}"),
+        "the box that the box head makes of it": (refined, f"score {s.scores[p, label]:.2f}"),
+    }
+    table = "| | left, top, right, bottom | IoU with the object | |\n|---|---|---|---|\n"
+    for what, (box, more) in rows.items():
+        iou = ops.box_iou(truth[None], box[None]).item()
+        table += f"| {what} | {numbers(box, 1)} | {iou:.2f} | {more} |\n"
+    return f"\n## One object in numbers\n\n{table}"
+
+
+def numbers(values, digits):
+    return ", ".join(f"{value:.{digits}f}" for value in values.tolist())
+
+
 STEPS = (
     network_input, features, anchors, training, box_coding, objectness, proposals, roi_levels,
     roi_align, refinement, scores, masks, keypoints, detections,
@@ -383,6 +424,7 @@ def main(arguments=None):
                 grid(panels).save(args.out / f"{name}.png", optimize=True)
                 title, text = name.replace("_", " ").capitalize(), inspect.cleandoc(step.__doc__)
                 page += f"\n## {title}\n\n{text}\n\n![{title}]({name}.png)\n"
+        page += one_object(seen)
     (args.out / "index.md").write_text(page)
     print(args.out / "index.md")
 
