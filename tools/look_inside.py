@@ -43,8 +43,8 @@ def run(model, image, target):
     [s.proposals] = model.rpn.proposals(s.objectness, s.deltas, s.anchors, s.sizes)  # [P, 4]
     [(s.scores, s.refined)] = model.box_predictions(s.levels, [s.proposals], s.sizes)
     [s.found] = model([image])
-    # The best detections, and which proposals became their boxes
-    best = (s.found["scores"] >= 0.5).nonzero()[:8, 0]
+    # The five best detections, and which proposals became their boxes
+    best = (s.found["scores"] >= 0.5).nonzero()[:5, 0]
     s.boxes, s.labels = s.found["boxes"][best], s.found["labels"][best]
     became = s.refined.expand(-1, s.c.num_classes, -1)[:, s.labels - 1]  # [P, N, 4]
     s.origin = (became - s.boxes).abs().sum(dim=2).argmin(dim=0)
@@ -219,7 +219,7 @@ def roi_align(s):
 
 
 def refinement(s):
-    """The box head moves and resizes each RoI (black; here those of the best detections). Arrows
+    """The box head moves and resizes each RoI (black; here those of the five best detections). Arrows
     lead from centre to centre. Stages of a cascade start from the previous stage's boxes."""
     if len(s.boxes) == 0:
         return []
@@ -251,11 +251,11 @@ def scores(s):
 
 
 def masks(s):
-    """The mask head predicts 28 x 28 probabilities for each detection (here the five best). They
+    """The mask head predicts 28 x 28 probabilities for each detection (here again the five best). They
     are resized to its box and pasted into the image where they are 0.5 or more."""
     if not s.model.mask_head or len(s.boxes) == 0:
         return []
-    boxes, maps = s.boxes[:5], s.found["masks"][:5]
+    boxes, maps = s.boxes, s.found["masks"][: len(s.boxes)]
     names = [evaluate.class_name(label, s.classes) for label in s.labels]
     pasted = evaluate.paste_masks(maps, boxes, *s.sizes[0])
     panels = [heat(m, f"{name}: {len(m)} x {len(m)}", most=1) for m, name in zip(maps, names)]
