@@ -45,6 +45,13 @@ def test_every_exercise_applies_and_makes_two_steps(patch, coco, tmp_path):
     assert json.loads(log[0])["iteration"] == 2 and "bbox" in log[1]
 
 
+def test_what_is_to_be_written_has_tests_that_check_it():
+    rows = re.findall(r"\| `pytest (tests/\w+\.py) -k (\w+)` \|", PAGE)
+    assert len(rows) == 6
+    for file, word in rows:
+        assert re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(), re.M), word
+
+
 def test_the_tour_runs_without_jupyter(tmp_path):
     """Its code cells in order but the first, which installs, with two steps on a few images."""
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
