@@ -219,8 +219,8 @@ def roi_align(s):
 
 
 def refinement(s):
-    """The box head moves and resizes each RoI (black; here those of the five best detections). Arrows
-    lead from centre to centre. Stages of a cascade start from the previous stage's boxes."""
+    """The box head moves and resizes each RoI (black; here those of the five best detections).
+    Arrows lead from centre to centre. Stages of a cascade start from the previous stage's boxes."""
     if len(s.boxes) == 0:
         return []
     rois, panels = s.proposals[s.origin], []
@@ -251,7 +251,7 @@ def scores(s):
 
 
 def masks(s):
-    """The mask head predicts 28 x 28 probabilities for each detection (here again the five best). They
+    """The mask head predicts 28 x 28 probabilities for each detection (here the five best). They
     are resized to its box and pasted into the image where they are 0.5 or more."""
     if not s.model.mask_head or len(s.boxes) == 0:
         return []
