@@ -332,7 +332,7 @@ def train(recipe, args, checkpoint, train_set, val_set, device):
     if stop:
         say(f"Stopped by a signal after step {iteration:,}; --resume continues.")
     else:
-        show_results(model, val_set, args.out)
+        show_results(model, val_set, args)
 
 
 # -- What the loop calls ---------------------------------------------------------------------------
@@ -484,17 +484,17 @@ def evaluate_and_log(model, val_set, args, iteration, log):
     say(f"Iteration {iteration:,}\n{evaluate.format_table(metrics)}")
 
 
-def show_results(model, val_set, out):
+def show_results(model, val_set, args):
     """The end of a run: pictures, and what to look at next."""
-    if rank_and_size()[0] > 0 or not checkpoints_in(out):  # (--from may leave no step to make)
+    if rank_and_size()[0] > 0 or not checkpoints_in(args.out):  # (--from may leave no step to make)
         return
     names = [val_set.record(i)["file_name"] for i in range(min(8, len(val_set)))]
     paths = [os.path.join(val_set.image_dir, name) for name in names]
-    list(evaluate.predict_files(model, paths, f"{out}/pictures"))
-    weights = checkpoints_in(out)[-1]
-    inside = f"--weights {weights} --image {paths[0]} --out {out}/inside"
-    print(f"Weights:  {weights}\nLog:      {out}/log.jsonl\nPictures: {out}/pictures")
-    print(f"Curves:   python tools/plot.py {out} --out {out}/curves.png")
+    list(evaluate.predict_files(model, paths, f"{args.out}/pictures"))
+    weights = checkpoints_in(args.out)[-1]
+    inside = f"--weights {weights} --data {args.data} --image {paths[0]} --out {args.out}/inside"
+    print(f"Weights:  {weights}\nLog:      {args.out}/log.jsonl\nPictures: {args.out}/pictures")
+    print(f"Curves:   python tools/plot.py {args.out} --out {args.out}/curves.png")
     print(f"Inside:   python tools/look_inside.py {inside}")
 
 
@@ -788,20 +788,19 @@ def check(recipe, args):
 
 def make_datasets(recipe, args):
     """Training and validation set, from --data or generated. Raises UserError."""
-    root = args.data
-    if root is None:
+    if args.data is None:
         if not args.recipe.startswith("toy"):
             raise UserError(f"The recipe {args.recipe} needs --data DIR.")
         from tools.toy_coco import make_toy_coco
 
-        root = "toy_coco"
+        args.data = "toy_coco"
         if rank_and_size()[0] == 0:
-            make_toy_coco(root)
+            make_toy_coco(args.data)
         gather("generated")  # all wait for the first process
     kind = {"masks": recipe.masks, "keypoints": recipe.keypoints > 0}
     chosen = {"training": True, "subset": recipe.subset}
-    train_set = data.open_split(root, args.train_split, **chosen, **kind)
-    val_set = data.open_split(root, args.val_split, **kind)
+    train_set = data.open_split(args.data, args.train_split, **chosen, **kind)
+    val_set = data.open_split(args.data, args.val_split, **kind)
     data.check_classes(val_set, train_set.classes, train_set.annotation_file)
     return train_set, val_set
 

@@ -298,7 +298,7 @@ def one_object(s):
             moved,
             f"objectness {objectness:.2f}, predicted deltas: {numbers(delta, 2)}",
         ),
-        "the best proposal": (s.proposals[p], f"pooled from {s.names[pooled]}"),
+        "the proposal with the highest IoU": (s.proposals[p], f"pooled from {s.names[pooled]}"),
         "the box that the box head makes of it": (refined, f"score {s.scores[p, label]:.2f}"),
     }
     table = "| | left, top, right, bottom | IoU with the object | |\n|---|---|---|---|\n"
