@@ -492,7 +492,8 @@ def show_results(model, val_set, args):
     paths = [os.path.join(val_set.image_dir, name) for name in names]
     list(evaluate.predict_files(model, paths, f"{args.out}/pictures"))
     weights = checkpoints_in(args.out)[-1]
-    inside = f"--weights {weights} --data {args.data} --image {paths[0]} --out {args.out}/inside"
+    objects = f" --data {args.data}" if args.val_split == "val2017" else ""
+    inside = f"--weights {weights}{objects} --image {paths[0]} --out {args.out}/inside"
     print(f"Weights:  {weights}\nLog:      {args.out}/log.jsonl\nPictures: {args.out}/pictures")
     print(f"Curves:   python tools/plot.py {args.out} --out {args.out}/curves.png")
     print(f"Inside:   python tools/look_inside.py {inside}")

@@ -1,7 +1,7 @@
 """Draw what happens to one image inside the detector, step by step.
 
   python tools/look_inside.py --weights runs/toy/checkpoint_0000800.pth --data toy_coco \\
-      --image toy_coco/val2017/000000500005.jpg --out inside
+      --image toy_coco/val2017/000000500002.jpg --out inside
 
 Writes a picture of every step, and index.md, which shows them in order. Any image will do. --data
 is only for an image of a data set: with its objects, the anchors used in training are drawn too,
@@ -113,7 +113,7 @@ def training(s):
 
 
 def hardest_object(s):
-    """The object whose best anchor has the lowest IoU, and that anchor: their indices."""
+    """Indices of the object whose best anchor has the lowest IoU, and of that anchor."""
     iou, best = ops.box_iou(s.target["boxes"], torch.cat(s.anchors)).max(dim=1)
     return int(iou.argmin()), int(best[iou.argmin()])
 
@@ -283,23 +283,24 @@ def one_object(s):
         return ""
     i, a = hardest_object(s)
     truth, label = s.target["boxes"][i], int(s.target["labels"][i])
-    p = ops.box_iou(truth[None], s.proposals)[0].argmax()  # the best proposal
+    best = ops.box_iou(truth[None], s.proposals)[0].argmax()
+    proposal = s.proposals[best]
     name = evaluate.class_name(label, s.classes)
     anchor, delta = torch.cat(s.anchors)[a], torch.cat(s.deltas, dim=1)[0, a]
     level = [n for n, anchors in zip(s.names, s.anchors) for _ in anchors][a]
-    pooled = int(detector.roi_levels(s.proposals[p][None], s.model.backbone.strides))
-    refined = s.refined.expand(-1, s.c.num_classes, -1)[p, label - 1]
+    pooled = int(detector.roi_levels(proposal[None], s.model.backbone.strides))
+    refined = s.refined.expand(-1, s.c.num_classes, -1)[best, label - 1]
     objectness = torch.cat(s.objectness, dim=1)[0, a].sigmoid()
     true_delta, moved = detector.encode_boxes(truth, anchor), detector.decode_boxes(delta, anchor)
     rows = {
-        f"the object, of class {name}": (truth, ""),
+        f"the object: {name}": (truth, ""),
         f"its best anchor, on {level}": (anchor, f"deltas to the object: {numbers(true_delta, 2)}"),
         "the box that the RPN makes of this anchor": (
             moved,
             f"objectness {objectness:.2f}, predicted deltas: {numbers(delta, 2)}",
         ),
-        "the proposal with the highest IoU": (s.proposals[p], f"pooled from {s.names[pooled]}"),
-        "the box that the box head makes of it": (refined, f"score {s.scores[p, label]:.2f}"),
+        "the proposal with the highest IoU": (proposal, f"pooled from {s.names[pooled]}"),
+        "the box that the box head makes of it": (refined, f"score {s.scores[best, label]:.2f}"),
     }
     table = "| | left, top, right, bottom | IoU with the object | |\n|---|---|---|---|\n"
     for what, (box, more) in rows.items():
